@@ -78,6 +78,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mnist_block3.run': { 'mnist_block3.run.EpochLines': ('run.html#epochlines', 'mnist_block3/run.py'),
                                   'mnist_block3.run.EpochLines.__init__': ('run.html#epochlines.__init__', 'mnist_block3/run.py'),
                                   'mnist_block3.run.EpochLines.after_epoch': ('run.html#epochlines.after_epoch', 'mnist_block3/run.py'),
+                                  'mnist_block3.run._cpu_name': ('run.html#_cpu_name', 'mnist_block3/run.py'),
                                   'mnist_block3.run.new_run_dir': ('run.html#new_run_dir', 'mnist_block3/run.py'),
                                   'mnist_block3.run.run_environment': ('run.html#run_environment', 'mnist_block3/run.py'),
                                   'mnist_block3.run.run_results': ('run.html#run_results', 'mnist_block3/run.py'),

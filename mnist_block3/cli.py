@@ -5,6 +5,10 @@
 # %% auto #0
 __all__ = ['block3_train']
 
+# %% ../nbs/06_cli.ipynb #f0ccd749
+import warnings
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+
 # %% ../nbs/06_cli.ipynb #1b3e2972
 import sys
 from fastcore.script import call_parse
@@ -13,7 +17,7 @@ from .evaluate import block_report
 from .learner import history
 from .run import run_files, train_run
 
-# %% ../nbs/06_cli.ipynb #f7348e06
+# %% ../nbs/06_cli.ipynb #5e8494fa
 @call_parse
 def block3_train(
     epochs:int=15, # Epochs to train
@@ -30,5 +34,5 @@ def block3_train(
     "Train the 7,904-parameter network on MNIST, and keep history, summary, weights and plots in a run folder"
     try: learn,folder = train_run(epochs, bs, lr, mom, seed, valid, source, device, n_train, out, bar=sys.stdout.isatty())
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'block3_train: {e}')
-    print(f'\n{block_report(history(learn), by_epoch=epochs+1, measured=protocols[valid])}')
+    print(f'\n{block_report(history(learn), measured=protocols[valid])}')
     print(f'\n{", ".join(run_files)} are in {folder}')

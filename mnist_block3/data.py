@@ -6,7 +6,7 @@
 __all__ = ['mnist_path', 'mnist_sha256', 'protocols', 'n_holdout', 'mean_std', 'read_idx', 'Digits', 'load_digits', 'get_digits',
            'DigitImage', 'DigitDL', 'CropCoord', 'CropRotate', 'mnist_block', 'get_device', 'mnist_dls']
 
-# %% ../nbs/00_data.ipynb #7cecfccd
+# %% ../nbs/00_data.ipynb #f6205876
 import gzip, hashlib, struct
 from functools import partial
 from importlib.resources import files
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from fastcore.basics import chunked
-from fastcore.foundation import L
+from fastcore.foundation import is_indexer, L
 from fastcore.meta import delegates
 from fasttransform import Transform
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
@@ -66,7 +66,7 @@ def read_idx(
         raise ValueError(f'{path} promises {"×".join(map(str, dims))} bytes after its header, but has {len(body)}')
     return torch.from_numpy(body.reshape(dims).copy())
 
-# %% ../nbs/00_data.ipynb #a7738cbd
+# %% ../nbs/00_data.ipynb #f94ccc6e
 class Digits:
     "Images (N, 28, 28) and labels (N,), both uint8, on one device"
     def __init__(self,
@@ -81,7 +81,7 @@ class Digits:
     def __len__(self): return len(self.labels)
     def __repr__(self): return f'{len(self):,} digits on {self.device}'
     def __getitem__(self, i):
-        return (self.images[i], int(self.labels[i])) if isinstance(i, int) else Digits(self.images[i], self.labels[i])
+        return (self.images[i], int(self.labels[i])) if is_indexer(i) else Digits(self.images[i], self.labels[i])
     def to(self, device): return self if device in (None, self.device) else Digits(self.images.to(device), self.labels.to(device))
 
 # %% ../nbs/00_data.ipynb #48c2cc40

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_files', 'new_run_dir', 'write_whole', 'run_environment', 'run_results', 'save_run', 'EpochLines', 'train_run']
 
-# %% ../nbs/05_run.ipynb #b9c66db4
+# %% ../nbs/05_run.ipynb #857a5b2d
 import io, json, os, platform, tempfile
 from contextlib import nullcontext
 from datetime import datetime, timezone
@@ -17,6 +17,7 @@ from safetensors.torch import save
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
+from . import __version__
 from .data import _check_count, mnist_dls
 from .learner import block3_learner, history
 from .evaluate import plot_history
@@ -24,17 +25,17 @@ from .evaluate import plot_history
 # %% ../nbs/05_run.ipynb #6bb6ce4a
 run_files = 'history.csv','summary.json','weights.safetensors','plots.png'
 
-# %% ../nbs/05_run.ipynb #46605ffa
+# %% ../nbs/05_run.ipynb #7545ad17
 def new_run_dir(
     out:str|Path=None, # Where; `None`: `runs/` and the time
 ) -> Path: # An empty folder that can be written to
     "Make a run folder; raises `ValueError` where `out` is taken, and `OSError` where it cannot be written"
-    folder = Path('runs')/f'{datetime.now():%Y%m%d-%H%M%S-%f}'[:-3] if out is None else Path(out).expanduser()
+    folder = Path('runs')/f'{datetime.now():%Y%m%d-%H%M%S-%f}' if out is None else Path(out).expanduser()
     if folder.is_dir() and any(folder.iterdir()): raise ValueError(f'{folder} is not empty: a run needs a new folder')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as e: raise type(e)(e.errno, f'{folder} cannot be written: {e.strerror}') from None
+    except OSError as e: raise type(e)(f'{folder} cannot be written: {e.strerror}') from None
     return folder
 
 # %% ../nbs/05_run.ipynb #8365c38d
@@ -52,14 +53,20 @@ def write_whole(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/05_run.ipynb #c0b88715
+# %% ../nbs/05_run.ipynb #e643cd3f
+def _cpu_name():
+    "The processor's name, from `/proc/cpuinfo` where there is one"
+    try: return next(o.partition(':')[2].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name'))
+    except (OSError, StopIteration): return platform.processor() or platform.machine()
+
+# %% ../nbs/05_run.ipynb #827344a9
 def run_environment(
     device:torch.device, # The device of the run
 ) -> dict: # `versions` and `machine`
     "What a run runs on"
-    libs = 'torch','torchvision','fastai','fastcore','mnist_block3'
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
-    return dict(versions={'python': platform.python_version(), **{o: version(o) for o in libs}},
+    libs = {o: version(o) for o in ('torch', 'torchvision', 'fastai', 'fastcore')}
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name()
+    return dict(versions={'python': platform.python_version(), **libs, 'mnist_block3': __version__},
                 machine=dict(device=str(device), device_name=name, threads=torch.get_num_threads(), cores=os.cpu_count(),
                              platform=platform.platform()))
 

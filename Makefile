@@ -1,0 +1,69 @@
+# `make train` and `make test` do all their own set-up. What they need is taken from the active environment
+# where that has it, and installed into .venv otherwise.
+SHELL    := /bin/bash
+PYTHON   ?= python3
+VENV     := .venv
+ARGS     ?=
+run_needs := torch torchvision fastai fastcore safetensors matplotlib pandas
+dev_needs := $(run_needs) nbdev pytest sklearn nbconvert smalldocs
+
+# "yes" where the active environment has all modules of $(1), and this checkout as mnist_block3
+has = $(shell $(PYTHON) -I -c "import os; from importlib.util import find_spec as f; \
+  print('yes' * (all(map(f, '$(1)'.split())) and os.path.samefile(os.path.dirname(f('mnist_block3').origin), 'mnist_block3')))" 2>/dev/null)
+active := $(shell $(PYTHON) -c "import sys, pathlib; print(pathlib.Path(sys.executable).parent)")
+run_env := $(if $(call has,$(run_needs)),,$(VENV)/.run)
+dev_env := $(if $(call has,$(dev_needs)),,$(VENV)/.dev)
+run_bin := $(if $(run_env),$(VENV)/bin,$(active))
+dev_bin := $(if $(dev_env),$(VENV)/bin,$(active))
+# commands of the environment come first; notebooks are tested side by side, so each gets one thread
+with_dev = PATH="$(abspath $(dev_bin)):$$PATH" OMP_NUM_THREADS=1
+# nbdev 2 has underscores in the names of its commands, nbdev 3 hyphens
+nbdev = $(with_dev) $(if $(wildcard $(dev_bin)/nbdev_$(1)),nbdev_$(1),nbdev-$(subst _,-,$(1)))
+
+.PHONY: help train test test-slow readme prepare docs clean
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+
+help: ## Say what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+train: $(run_env) ## Train 15 epochs on MNIST; options of block3_train in ARGS="--epochs 1"
+	@$(run_bin)/block3_train $(ARGS)
+
+test: $(dev_env) ## Run all notebooks and the tests
+	$(call nbdev,test)
+	$(with_dev) python -m pytest $(ARGS)
+
+test-slow: $(dev_env) ## Run what `make test` leaves out for its length
+	$(call nbdev,test) --flags slow
+	$(with_dev) python -m pytest -m slow $(ARGS)
+
+readme: $(dev_env) ## Make README.md from nbs/index.ipynb
+	$(with_dev) python tools/readme.py
+
+prepare: $(dev_env) ## What to run before a commit: export, clean, test, readme
+	$(call nbdev,export)
+	$(call nbdev,clean)
+	$(MAKE) test readme
+
+docs: $(dev_env) ## Build the site in _docs
+	rm -rf _proc _docs
+	$(call nbdev,proc_nbs)
+	$(with_dev) smalldocs render _proc
+
+clean: ## Remove what was built: the environment, the site, packages; never your runs
+	rm -rf $(VENV) _proc _docs build dist *.egg-info .pytest_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# installed again when the requirements change
+$(VENV)/bin/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check uv
+
+$(VENV)/.run: $(VENV)/bin/uv settings.ini setup.py pyproject.toml
+	$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --compile-bytecode -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/uv settings.ini setup.py pyproject.toml
+	$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --compile-bytecode -e '.[dev]'
+	touch $@ $(VENV)/.run

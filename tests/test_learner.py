@@ -1,0 +1,178 @@
+"The schedule against a plain PyTorch loop in float64, and the learner among fastai's own methods"
+import copy
+from functools import partial
+import matplotlib.pyplot as plt, pytest, torch, torch.nn.functional as F
+from sklearn.metrics import confusion_matrix
+from torch.utils.data import DataLoader as TorchDL, TensorDataset
+from mnist_block3.all import (block3_learner, Block3, Callback, ClassificationInterpretation, DataLoaders, history, Learner,
+                              load_learner, mnist_dls, NLLLossFlat, noop, OptimWrapper, ProgressCallback)
+
+
+@pytest.fixture
+def batches(mnist):
+    x,y = mnist[0].images[:96],mnist[0].labels[:96].long()
+    return TorchDL(TensorDataset(((x/255 - 0.1307)/0.3081)[:,None].double(), y), batch_size=32)
+
+
+@pytest.fixture
+def dls64(batches): return DataLoaders(batches, batches)
+
+
+def model64(): return Block3(drop=0.).double()
+
+
+def quiet(learn):
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+
+def torch_fit(model, batches, epochs, lr=0.02, mom=0.8, step_size=15, gamma=0.1):
+    "The loop that everyone knows"
+    opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=mom)
+    sched = torch.optim.lr_scheduler.StepLR(opt, step_size, gamma)
+    for _ in range(epochs):
+        for xb,yb in batches:
+            opt.zero_grad()
+            F.nll_loss(model(xb), yb).backward()
+            opt.step()
+        sched.step()
+
+
+def diff(a, b): return max((p-q).abs().max().item() for p,q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_sixteen_epochs_equal_a_plain_loop(batches, dls64):
+    model = model64()
+    twin,start = copy.deepcopy(model),copy.deepcopy(model)
+    learn = quiet(block3_learner(dls64, model))
+    learn.fit(16)
+    torch_fit(twin.train(), batches, 16)
+    assert diff(model, twin) < 1e-9 < diff(model, start)
+    assert learn.recorder.hps['lr'] == pytest.approx([0.02]*45 + [0.002]*3)
+    learn.recorder.plot_sched()
+    assert plt.gca().lines[0].get_ydata() == pytest.approx([0.02]*45 + [0.002]*3)
+    learn.fit(1)
+    assert learn.recorder.hps['lr'] == pytest.approx([0.02]*3)
+
+
+def test_other_rates_and_steps(batches, dls64):
+    model = model64()
+    twin = copy.deepcopy(model)
+    quiet(block3_learner(dls64, model, lr=0.01, mom=0.9, step_size=2, gamma=0.5)).fit(5)
+    torch_fit(twin.train(), batches, 5, 0.01, 0.9, 2, 0.5)
+    assert diff(model, twin) < 1e-9
+
+
+def test_starting_later_continues_the_schedule(dls64):
+    learn = quiet(block3_learner(dls64, model64(), step_size=2))
+    learn.fit(5, start_epoch=3)
+    assert learn.recorder.hps['lr'] == pytest.approx([0.002]*3 + [0.0002]*3)
+
+
+def test_step_decay_leaves_schedulers_alone(dls64):
+    model = model64()
+    twin = copy.deepcopy(model)
+    learn = quiet(block3_learner(dls64, model, step_size=1))
+    plain = quiet(Learner(dls64, twin, loss_func=NLLLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.8)))
+    for o in (learn, plain): o.fit_one_cycle(3, 0.1)
+    assert diff(model, twin) < 1e-12
+    assert learn.recorder.hps == plain.recorder.hps
+
+
+def test_lr_find_is_not_disturbed(dls64, tmp_path):
+    learn = quiet(block3_learner(dls64, model64(), path=tmp_path))
+    learn.fit(1)
+    before,rows = copy.deepcopy(learn.model),history(learn)
+    learn.lr_find(num_it=20, show_plot=False)
+    assert len(set(learn.recorder.lrs)) > 10
+    assert diff(learn.model, before) == 0
+    assert history(learn).equals(rows)
+
+
+def test_loss_is_torchs(dls64):
+    logp,targ = torch.randn(16, 10).log_softmax(1),torch.randint(0, 10, (16,))
+    loss = NLLLossFlat()
+    assert torch.equal(loss(logp, targ), F.nll_loss(logp, targ))
+    loss.reduction = 'none'
+    assert torch.equal(loss(logp, targ), F.nll_loss(logp, targ, reduction='none'))
+
+
+def test_history_counts_what_get_preds_counts(small_dls):
+    learn = quiet(block3_learner(mnist_dls(n_train=640, device='cpu')))
+    learn.fit(2)
+    h = history(learn)
+    probs,targs = learn.get_preds()
+    assert len(history(learn)) == 2
+    correct = int((probs.argmax(1) == targs).sum())
+    assert (h.correct.iloc[-1], h.total.iloc[-1]) == (correct, 10_000)
+    assert h.valid_accuracy.iloc[-1] == pytest.approx(correct/10_000)
+    assert h.valid_loss.iloc[-1] == pytest.approx(F.nll_loss(probs.log(), targs).item(), rel=1e-3)
+    assert list(h.epoch) == [1, 2] and (h.seconds > 0).all()
+
+
+def test_training_accuracy_is_over_the_whole_epoch(dls64):
+    seen = []
+    class Count(Callback):
+        order = 40
+        def after_batch(self):
+            if self.training: seen.append((self.pred.argmax(1) == self.y).float())
+    learn = quiet(block3_learner(dls64, model64(), cbs=Count))
+    learn.fit(1)
+    assert history(learn).train_accuracy[0] == pytest.approx(torch.cat(seen).mean().item())
+
+
+def test_predict_and_get_preds(trained, mnist):
+    image = trained.dls.train_ds.items[5][0]
+    label,idx,probs = trained.predict(image)
+    x = (image[None,None]/255 - 0.1307)/0.3081
+    with torch.no_grad(): want = trained.model.eval()(x)[0].exp()
+    torch.testing.assert_close(probs, want, atol=1e-5, rtol=1e-4)
+    assert label == str(int(idx)) == str(int(want.argmax()))
+    for bad in (torch.zeros(28,28), torch.zeros(3,28,28, dtype=torch.uint8), torch.zeros(32,32, dtype=torch.uint8), 7):
+        with pytest.raises(ValueError, match='Expected a 28×28 image of uint8'): trained.predict(bad)
+
+
+def test_save_load_export(trained, mnist, tmp_path):
+    trained.path = tmp_path
+    trained.save('weights')
+    want = trained.predict(mnist[1].images[0])[2]
+    for p in trained.model.parameters(): p.data.zero_()
+    trained.load('weights')
+    assert torch.equal(trained.predict(mnist[1].images[0])[2], want)
+    full = quiet(block3_learner(mnist_dls(device='cpu'), trained.model, path=tmp_path))
+    full.export('learn.pkl')
+    assert (tmp_path/'learn.pkl').stat().st_size < 1_000_000
+    back = quiet(load_learner(tmp_path/'learn.pkl'))
+    assert torch.equal(back.predict(mnist[1].images[0])[2], want)
+    full.fit(0) # the learner goes on after it was exported
+
+
+def test_interpretation_and_show_results(trained):
+    interp = ClassificationInterpretation.from_learner(trained)
+    probs,targs = trained.get_preds()
+    # the reference protocol draws its evaluation images anew, so the matrix is compared on the counts of the truth
+    assert (interp.confusion_matrix().sum(1) == confusion_matrix(targs, probs.argmax(1), labels=range(10)).sum(1)).all()
+    interp.plot_confusion_matrix()
+    interp.plot_top_losses(4, cmap='gray')
+    assert 'Prediction/Actual' in plt.gcf()._suptitle.get_text()
+    trained.show_results(max_n=4)
+    titles = [ax.get_title() for ax in plt.gcf().axes]
+    assert sum('\n' in o for o in titles) == 4
+    plt.close('all')
+
+
+@pytest.mark.parametrize('kwargs', [dict(lr=0), dict(lr=-1), dict(lr=slice(0.1, -1)), dict(gamma=0), dict(mom=1), dict(mom=-0.1), dict(step_size=0)])
+def test_bad_settings(small_dls, kwargs):
+    with pytest.raises(ValueError, match=f'^{next(iter(kwargs))}='): block3_learner(small_dls, **kwargs)
+
+
+@pytest.mark.cuda
+def test_trains_on_a_gpu():
+    dls = mnist_dls(n_train=6400)
+    assert dls.device.type == 'cuda'
+    learn = quiet(block3_learner(dls))
+    learn.fit(2)
+    assert next(learn.model.parameters()).is_cuda and dls.train_ds.items.images.is_cuda
+    assert history(learn).valid_accuracy.iloc[-1] > 0.9
+    assert learn.predict(dls.valid_ds.items[0][0])[0] == '7'

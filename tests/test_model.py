@@ -1,0 +1,47 @@
+"The network against the user's document and against the layers written out"
+import re
+from pathlib import Path
+import pytest, torch, torch.nn.functional as F
+from mnist_block3.all import Block3, block3_summary
+
+row = re.compile(r'\s*(\w+-\d+)\s+\[([-\d, ]+)\]\s+([\d,]+)\s*$')
+
+
+def parse(text):
+    rows = [m.groups() for m in map(row.match, text.splitlines()) if m]
+    return rows,[o.strip() for o in text.splitlines() if ': ' in o]
+
+
+def test_summary_is_the_documents(capsys):
+    block3_summary()
+    rows,totals = parse(capsys.readouterr().out)
+    want_rows,want_totals = parse((Path(__file__).parent/'block3_summary.txt').read_text())
+    assert len(want_rows) == 35 and len(want_totals) == 7
+    for got,want in zip(rows, want_rows, strict=True): assert got == want
+    assert totals == want_totals
+
+
+def test_forward_is_the_network_written_out():
+    m = Block3(drop=0.)
+    x = torch.randn(5, 1, 28, 28)
+    w = iter([p for n,p in m.named_parameters() if p.ndim == 4])
+    def unit(x, padding=0):
+        x = F.relu(F.conv2d(x, next(w), padding=padding))
+        return F.batch_norm(x, None, None, training=True) # weight 1 and bias 0, as they start
+    y = unit(unit(unit(x)))
+    y = unit(unit(F.max_pool2d(y, 2), padding=1))
+    y = F.avg_pool2d(unit(unit(unit(y))), 6)
+    want = F.log_softmax(F.conv2d(y, next(w)).flatten(1), 1)
+    assert next(w, None) is None
+    torch.testing.assert_close(m(x), want)
+
+
+def test_blocks_are_named_as_in_the_document():
+    names = 'input_block transition1 conv_block2 pool conv_block3 transition2 conv_block4 conv_block5 conv_block6 avg_pool head'
+    assert [n for n,_ in Block3().named_children()] == names.split()
+    assert all(c.bias is None for c in Block3().modules() if isinstance(c, torch.nn.Conv2d))
+    assert {c.p for c in Block3().modules() if isinstance(c, torch.nn.Dropout2d)} == {0.01}
+
+
+def test_no_weights_yet():
+    with pytest.raises(ValueError, match='no trained weights'): Block3(pretrained=True)

@@ -1,0 +1,100 @@
+"Run folders and the console: what is kept, that it can be done again, and what a user's mistake gets"
+import json, subprocess, sys
+from pathlib import Path
+import pandas as pd, pytest, torch
+from safetensors.torch import load_file
+from mnist_block3.all import Block3, mnist_dls, new_run_dir, run_files, train_run, write_whole
+from mnist_block3.cli import block3_train
+
+few = dict(epochs=2, n_train=320, valid='reference', device='cpu')
+
+
+def weights(folder): return load_file(folder/'weights.safetensors')
+
+
+def test_same_settings_same_bits(tmp_path):
+    runs = [train_run(**few, seed=seed, out=tmp_path/name)[1] for name,seed in (('a', 1), ('b', 1), ('c', 2))]
+    a,b,c = map(weights, runs)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a['head.weight'], c['head.weight'])
+
+
+def test_what_a_run_keeps(tmp_path):
+    learn,folder = train_run(**few, out=tmp_path/'run')
+    assert {o.name for o in folder.iterdir()} == set(run_files)
+    summary,h = json.loads((folder/'summary.json').read_text()),pd.read_csv(folder/'history.csv')
+    assert summary['settings'] == dict(few, bs=64, lr=0.02, mom=0.8, seed=0, source=None)
+    assert {'torch', 'torchvision', 'fastai', 'fastcore', 'mnist_block3', 'python'} <= set(summary['versions'])
+    assert summary['machine']['device'] == 'cpu' and summary['machine']['threads'] == torch.get_num_threads()
+    assert summary['results']['correct']/summary['results']['total'] == pytest.approx(h.valid_accuracy.iloc[-1])
+    assert summary['seconds'] >= summary['results']['train_seconds'] > 0
+    model = Block3()
+    model.load_state_dict(weights(folder))
+    for a,b in zip(model.state_dict().values(), learn.model.state_dict().values(), strict=True): assert torch.equal(a, b)
+
+
+def test_runs_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert new_run_dir() != new_run_dir()
+    assert len(list((tmp_path/'runs').iterdir())) == 2
+
+
+def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr('fastai.learner.Learner.fit', lambda *args, **kwargs: 1/0)
+    with pytest.raises(ZeroDivisionError): train_run(**few, out=tmp_path/'run')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_whole(tmp_path/'f', b'old')
+    monkeypatch.setattr('os.replace', lambda *args: 1/0)
+    with pytest.raises(ZeroDivisionError): write_whole(tmp_path/'f', b'new')
+    assert (tmp_path/'f').read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 1
+
+
+bad = {
+    'valid':       (dict(valid='tset'), "valid='tset'"),
+    'epochs':      (dict(epochs=0), 'epochs=0'),
+    'bs':          (dict(bs=0), 'bs=0'),
+    'n_train':     (dict(n_train=-1), 'n_train=-1'),
+    'lr':          (dict(lr=0.), 'lr=0.0'),
+    'mom':         (dict(mom=1.), 'mom=1.0'),
+    'device':      (dict(device='gpu'), "device='gpu'"),
+    'no device':   (dict(device='cuda:77'), "no device 'cuda:77'"),
+    'source':      (dict(source='none/such'), 'none/such is no folder'),
+    'out taken':   (dict(out='taken'), 'taken is not empty'),
+    'out a file':  (dict(out='file'), 'file cannot be written'),
+    'out in file': (dict(out='file/run'), 'file/run cannot be written'),
+}
+
+
+@pytest.mark.parametrize('case', bad)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, case):
+    kwargs,message = bad[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'file').touch()
+    (tmp_path/'taken').mkdir()
+    (tmp_path/'taken'/'summary.json').touch()
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(SystemExit) as e: block3_train(**{'epochs': 1, 'n_train': 64, **kwargs})
+    assert e.value.code.startswith('block3_train: ') and message in e.value.code and '\n' not in e.value.code
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def console(*args, cwd):
+    return subprocess.run([Path(sys.executable).parent/'block3_train', *args], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_console(tmp_path):
+    res = console('--epochs', '1', '--n_train', '640', '--valid', 'reference', cwd=tmp_path)
+    assert (res.returncode, res.stderr) == (0, '')
+    folder, = (tmp_path/'runs').iterdir()
+    assert {o.name for o in folder.iterdir()} == set(run_files)
+    assert 'epoch  1/1  train loss' in res.stdout and '/640' in res.stdout
+    assert f'are in runs/{folder.name}' in res.stdout
+
+
+def test_console_mistake(tmp_path):
+    res = console('--device', 'tpu', cwd=tmp_path)
+    assert (res.returncode, res.stdout, res.stderr) == (1, '', "block3_train: device='tpu': device is 'cpu', 'cuda', 'cuda:N' or 'mps'\n")
+    assert list(tmp_path.iterdir()) == []
