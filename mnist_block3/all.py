@@ -13,5 +13,6 @@ from .learner import *
 from .evaluate import *
 from .run import *
 
-# %% ../nbs/07_all.ipynb #1fef58bb
-__all__ = [o for o in globals() if not o.startswith('_')]
+# %% ../nbs/07_all.ipynb #ef8abf3c
+def _public(names): return [o for o in names if not o.startswith('_')]
+__all__ = _public(globals())

@@ -76,7 +76,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, case):
     (tmp_path/'taken').mkdir()
     (tmp_path/'taken'/'summary.json').touch()
     before = sorted(tmp_path.rglob('*'))
-    with pytest.raises(SystemExit) as e: block3_train(**{'epochs': 1, 'n_train': 64, **kwargs})
+    with pytest.raises(SystemExit) as e: block3_train.__wrapped__(**{'epochs': 1, 'n_train': 64, **kwargs})
     assert e.value.code.startswith('block3_train: ') and message in e.value.code and '\n' not in e.value.code
     assert sorted(tmp_path.rglob('*')) == before
 
