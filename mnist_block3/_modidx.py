@@ -2,7 +2,8 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'mnist_block3'},
   'syms': { 'mnist_block3.all': {'mnist_block3.all._public': ('all.html#_public', 'mnist_block3/all.py')},
-            'mnist_block3.cli': {'mnist_block3.cli.block3_train': ('cli.html#block3_train', 'mnist_block3/cli.py')},
+            'mnist_block3.cli': { 'mnist_block3.cli.block3_train': ('cli.html#block3_train', 'mnist_block3/cli.py'),
+                                  'mnist_block3.cli.respell': ('cli.html#respell', 'mnist_block3/cli.py')},
             'mnist_block3.data': { 'mnist_block3.data.CropCoord': ('data.html#cropcoord', 'mnist_block3/data.py'),
                                    'mnist_block3.data.CropCoord.__call__': ('data.html#cropcoord.__call__', 'mnist_block3/data.py'),
                                    'mnist_block3.data.CropCoord.__init__': ('data.html#cropcoord.__init__', 'mnist_block3/data.py'),

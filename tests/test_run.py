@@ -85,8 +85,9 @@ def console(*args, cwd):
     return subprocess.run([Path(sys.executable).parent/'block3_train', *args], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-def test_console(tmp_path):
-    res = console('--epochs', '1', '--n_train', '640', '--valid', 'reference', cwd=tmp_path)
+@pytest.mark.parametrize('n_train', ['--n_train', '--n-train'])
+def test_console(tmp_path, n_train):
+    res = console('--epochs', '1', n_train, '640', '--valid', 'reference', cwd=tmp_path)
     assert (res.returncode, res.stderr) == (0, '')
     folder, = (tmp_path/'runs').iterdir()
     assert {o.name for o in folder.iterdir()} == set(run_files)
