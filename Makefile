@@ -15,10 +15,10 @@ run_env := $(if $(call has,$(run_needs)),,$(VENV)/.run)
 dev_env := $(if $(call has,$(dev_needs)),,$(VENV)/.dev)
 run_bin := $(if $(run_env),$(VENV)/bin,$(active))
 dev_bin := $(if $(dev_env),$(VENV)/bin,$(active))
-# commands of the environment come first; notebooks are tested side by side, so each gets one thread
-with_dev = PATH="$(abspath $(dev_bin)):$$PATH" OMP_NUM_THREADS=1
-# nbdev 2 has underscores in the names of its commands, nbdev 3 hyphens
-nbdev = $(with_dev) $(if $(wildcard $(dev_bin)/nbdev_$(1)),nbdev_$(1),nbdev-$(subst _,-,$(1)))
+with_dev = PATH="$(abspath $(dev_bin)):$$PATH"
+# nbdev 2 has underscores in the names of its commands, nbdev 3 hyphens; it works on several notebooks at
+# once, and threads of torch that outnumber the cores wait for each other, so each notebook gets one
+nbdev = $(with_dev) OMP_NUM_THREADS=1 $(if $(wildcard $(dev_bin)/nbdev_$(1)),nbdev_$(1),nbdev-$(subst _,-,$(1)))
 
 .PHONY: help train test test-slow readme prepare docs clean
 .ONESHELL:
