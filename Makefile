@@ -47,9 +47,7 @@ prepare: $(dev_env) ## What to run before a commit: export, clean, test, readme
 	$(MAKE) test readme
 
 docs: $(dev_env) ## Build the site in _docs
-	rm -rf _proc _docs
-	$(call nbdev,proc_nbs)
-	$(with_dev) smalldocs render _proc
+	$(with_dev) python tools/docs.py
 
 clean: ## Remove what was built: the environment, the site, packages; never your runs
 	rm -rf $(VENV) _proc _docs build dist *.egg-info .pytest_cache

@@ -77,7 +77,7 @@ def plot_mistakes(
         ax.set_title(f'{o.truth}, read as {o.prediction}\n({100*o.probability:.0f} %)', fontsize=9)
     return fig
 
-# %% ../nbs/04_evaluate.ipynb #14bbd486
+# %% ../nbs/04_evaluate.ipynb #6a84a569
 def block_report(
     history:pd.DataFrame, # From `history`
     target:float=0.994, # Accuracy to reach, in 0–1
@@ -91,9 +91,9 @@ def block_report(
     first = (f'First at or over the target in epoch {hits.index[0]} ({pct(hits.iloc[0])}), '
              f'{"in time" if hits.index[0] < by_epoch else "too late"}' if len(hits) else 'The target was not reached')
     error = math.sqrt(acc[last]*(1-acc[last])/history.total.iloc[-1])
-    swing = tail.max() - tail.min()
+    swing = (f'Over the last {len(tail)} epochs the accuracy moves between {pct(tail.min())} and {pct(tail.max())}, '
+             f'a swing of {100*(tail.max()-tail.min()):.2f} points' if len(tail) > 1 else 'One epoch shows no trend')
     return (f'1. **Target** – {pct(target)} {measured} before epoch {by_epoch}.\n'
             f'2. **Result** – {first}. Best: {pct(acc[best])} in epoch {best}. Last: {pct(acc[last])} in epoch {last}, '
             f'{history.correct.iloc[-1]:,} of {history.total.iloc[-1]:,}.\n'
-            f'3. **Analysis** – Over the last {len(tail)} epochs the accuracy moves between {pct(tail.min())} and {pct(tail.max())}, '
-            f'a swing of {100*swing:.2f} points; the standard error of the last accuracy is {100*error:.2f} points.')
+            f'3. **Analysis** – {swing}; the standard error of the last accuracy is {100*error:.2f} points.')

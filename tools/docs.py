@@ -1,0 +1,37 @@
+"""Build the documentation in _docs: nbdev processes the notebooks, smalldocs renders them. No network, no Quarto.
+
+(The command nbdev_proc_nbs tries to install Quarto where there is none; the function behind it does not.)"""
+import re, shutil, subprocess
+from pathlib import Path
+from nbdev.config import get_config
+from nbdev.serve import proc_nbs
+
+root = Path(__file__).resolve().parent.parent
+proc,docs = root/'_proc',root/'_docs'
+
+
+def number_free(name):
+    "The page name that nbdev's links have: `00_data` is the page `data`"
+    return re.sub(r'^\d+_', '', name)
+
+
+def mend_links(text, depth):
+    "Links between pages relative, and none to sources that are published nowhere"
+    if not get_config().git_url: text = re.sub(r'\[source\]\([^)]*\)\{[^}]*\}', '', text)
+    return re.sub(r'\]\(/(?=[\w/]+\.html)', '](' + '../'*depth, text)
+
+
+def main():
+    for o in (proc, docs): shutil.rmtree(o, ignore_errors=True)
+    proc_nbs()
+    for f in sorted(proc.rglob('*.ipynb')):
+        text = mend_links(f.read_text(encoding='utf-8'), len(f.relative_to(proc).parts) - 1)
+        f.unlink()
+        f.with_name(number_free(f.name)).write_text(text, encoding='utf-8')
+    quarto = proc/'_quarto.yml'
+    quarto.write_text(re.sub(r'(?<=- )[\w/]+\.ipynb', lambda m: number_free(m[0]), quarto.read_text(encoding='utf-8')), encoding='utf-8')
+    subprocess.run(['smalldocs', 'render', proc], check=True)
+    (proc/'_docs').rename(docs)
+
+
+if __name__ == '__main__': main()
