@@ -6,10 +6,11 @@
 __all__ = ['mnist_path', 'mnist_sha256', 'protocols', 'n_holdout', 'mean_std', 'read_idx', 'Digits', 'load_digits', 'get_digits',
            'DigitImage', 'DigitDL', 'CropCoord', 'CropRotate', 'mnist_block', 'get_device', 'mnist_dls']
 
-# %% ../nbs/00_data.ipynb #f6205876
+# %% ../nbs/00_data.ipynb #fae37a9f
 import gzip, hashlib, struct
 from functools import partial
 from importlib.resources import files
+from numbers import Integral
 from operator import attrgetter
 from pathlib import Path
 import numpy as np
@@ -135,13 +136,13 @@ def load_digits(
 protocols = {'test': 'test accuracy', 'holdout': 'holdout accuracy', 'reference': "accuracy as the reference measured it"}
 n_holdout = 10_000
 
-# %% ../nbs/00_data.ipynb #aff7bcd7
+# %% ../nbs/00_data.ipynb #3859af7b
 def _check_choice(name, value, choices):
     if value not in choices: raise ValueError(f'{name}={value!r}: {name} is one of {", ".join(map(repr, choices))}')
 
 def _check_count(**kwargs):
     for k,v in kwargs.items():
-        if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f'{k}={v!r}: {k} is a whole number from 1 on')
+        if isinstance(v, bool) or not isinstance(v, Integral) or v < 1: raise ValueError(f'{k}={v!r}: {k} is a whole number from 1 on')
 
 # %% ../nbs/00_data.ipynb #83fd4c7e
 def get_digits(
@@ -259,14 +260,16 @@ def mnist_block(
                      get_items=partial(get_digits, valid=valid, n_train=n_train), splitter=attrgetter('splits'),
                      item_tfms=item_tfms, batch_tfms=[*aug_tfms, Normalize.from_stats(*mean_std, cuda=False)])
 
-# %% ../nbs/00_data.ipynb #b31729e8
+# %% ../nbs/00_data.ipynb #0a854628
 def get_device(
     device:str|torch.device=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; `None`: the GPU if there is one
 ) -> torch.device: # One that exists here
     "Check `device`; raises `ValueError` where it is none, and `RuntimeError` where this machine lacks it"
     if device is None: return default_device()
-    try: device = torch.device(device)
-    except (RuntimeError, TypeError): raise ValueError(f"device={device!r}: device is 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
+    try: ok = torch.device(device).type in ('cpu', 'cuda', 'mps')
+    except (RuntimeError, TypeError): ok = False
+    if not ok: raise ValueError(f"device={device!r}: device is 'cpu', 'cuda', 'cuda:N' or 'mps'")
+    device = torch.device(device)
     try: torch.empty(1, device=device)
     except Exception as e: raise RuntimeError(f'This machine has no device {str(device)!r}: {str(e).splitlines()[0]}') from None
     return device
