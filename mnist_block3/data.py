@@ -101,11 +101,18 @@ def _read_split(folder, split):
     if labels.max() > 9: raise ValueError(f'{files[1]} holds the label {labels.max()}, but labels are 0 to 9')
     return Digits(images, labels)
 
-# %% ../nbs/00_data.ipynb #1cfb7bf7
+# %% ../nbs/00_data.ipynb #fec06999
+def _grey(im, name):
+    "The 8-bit grey values of a PIL image; those with more bits cannot be converted without a choice that is not ours"
+    if im.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'): raise ValueError(f'{name} has the mode {im.mode!r}, not 8 bits a channel')
+    return np.array(im.convert('L'))
+
+# %% ../nbs/00_data.ipynb #94e5a667
 def _decode(file):
     "The grey image in `file`, uint8 (28, 28)"
     try:
-        with Image.open(file) as im: a = np.array(im.convert('L'))
+        with Image.open(file) as im: a = _grey(im, file)
+    except FileNotFoundError: raise
     except OSError as e: raise ValueError(f'{file} cannot be read as an image: {e}') from e
     if a.shape != (28,28): raise ValueError(f'{file} is {a.shape[1]}×{a.shape[0]} pixels, not 28×28')
     return a
@@ -136,9 +143,9 @@ def load_digits(
 protocols = {'test': 'test accuracy', 'holdout': 'holdout accuracy', 'reference': "accuracy as the reference measured it"}
 n_holdout = 10_000
 
-# %% ../nbs/00_data.ipynb #3859af7b
+# %% ../nbs/00_data.ipynb #105d9ed7
 def _check_choice(name, value, choices):
-    if value not in choices: raise ValueError(f'{name}={value!r}: {name} is one of {", ".join(map(repr, choices))}')
+    if value not in list(choices): raise ValueError(f'{name}={value!r}: {name} is one of {", ".join(map(repr, choices))}')
 
 def _check_count(**kwargs):
     for k,v in kwargs.items():
@@ -164,13 +171,13 @@ def get_digits(
     if valid == 'reference': return Digits(train.images, train.labels, (range(n), range(n)))
     return Digits(torch.cat([train.images, test.images]), torch.cat([train.labels, test.labels]), (range(n), range(n, n+len(test))))
 
-# %% ../nbs/00_data.ipynb #6bd2eb21
+# %% ../nbs/00_data.ipynb #defeb4f7
 class DigitImage(Transform):
     "Make a `PILImageBW` of 28×28 pixels from a path, a PIL image, or an array or tensor of bytes"
     input_types = object
     def encodes(self, o):
         if isinstance(o, (str,Path)): return PILImageBW.create(_decode(o))
-        if isinstance(o, Image.Image): o = np.array(o.convert('L'))
+        if isinstance(o, Image.Image): o = _grey(o, 'The image')
         shape,dtype = tuple(getattr(o, 'shape', ())),str(getattr(o, 'dtype', type(o).__name__)).split('.')[-1]
         if shape not in ((28,28), (1,28,28)) or dtype != 'uint8':
             raise ValueError(f'Expected a 28×28 image of uint8, got {dtype} of shape {shape}')
@@ -260,7 +267,7 @@ def mnist_block(
                      get_items=partial(get_digits, valid=valid, n_train=n_train), splitter=attrgetter('splits'),
                      item_tfms=item_tfms, batch_tfms=[*aug_tfms, Normalize.from_stats(*mean_std, cuda=False)])
 
-# %% ../nbs/00_data.ipynb #0a854628
+# %% ../nbs/00_data.ipynb #e25e44f3
 def get_device(
     device:str|torch.device=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; `None`: the GPU if there is one
 ) -> torch.device: # One that exists here
@@ -271,7 +278,7 @@ def get_device(
     if not ok: raise ValueError(f"device={device!r}: device is 'cpu', 'cuda', 'cuda:N' or 'mps'")
     device = torch.device(device)
     try: torch.empty(1, device=device)
-    except Exception as e: raise RuntimeError(f'This machine has no device {str(device)!r}: {str(e).splitlines()[0]}') from None
+    except Exception: raise RuntimeError(f'This machine has no device {str(device)!r} that this build of torch can use') from None
     return device
 
 # %% ../nbs/00_data.ipynb #39b7f685

@@ -28,12 +28,13 @@ def plot_samples(
     dls.train.show_batch(max_n=nrows*ncols, ctxs=list(axs.flat), cmap='gray')
     return fig
 
-# %% ../nbs/04_evaluate.ipynb #e4c0be14
+# %% ../nbs/04_evaluate.ipynb #a77ce8ab
 def plot_history(
     history:pd.DataFrame, # From `history`, or with its columns
     evaluated_on:str='evaluation', # What the evaluation curves are measured on
 ) -> Figure: # 2×2: losses above, accuracies in percent below
     "Training and evaluation loss and accuracy by epoch"
+    if not len(history): raise ValueError('The history has no epochs: fit first')
     fig,axs = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout='constrained')
     for ax,(col,scale) in zip(axs.flat, {'train_loss': 1, 'valid_loss': 1, 'train_accuracy': 100, 'valid_accuracy': 100}.items()):
         part,what = col.split('_')
@@ -77,7 +78,7 @@ def plot_mistakes(
         ax.set_title(f'{o.truth}, read as {o.prediction}\n({100*o.probability:.0f} %)', fontsize=9)
     return fig
 
-# %% ../nbs/04_evaluate.ipynb #6a84a569
+# %% ../nbs/04_evaluate.ipynb #9ac0b979
 def block_report(
     history:pd.DataFrame, # From `history`
     target:float=0.994, # Accuracy to reach, in 0–1
@@ -85,6 +86,7 @@ def block_report(
     measured:str='evaluation accuracy', # What the accuracy is; only under `valid='test'` is it 'test accuracy'
 ) -> str: # Markdown
     "Target, Result and Analysis of a run, computed from its history"
+    if not len(history): raise ValueError('The history has no epochs: fit first')
     pct = lambda o: f'{100*o:.2f} %'
     acc = history.set_index('epoch').valid_accuracy
     hits,best,last,tail = acc[acc >= target],acc.idxmax(),acc.index[-1],acc[-5:]

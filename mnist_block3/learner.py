@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NLLLossFlat', 'StepDecay', 'History', 'history', 'block3_learner']
 
-# %% ../nbs/02_learner.ipynb #c41da3f2
-import time
+# %% ../nbs/02_learner.ipynb #b11c5ea3
+import math, time
 from functools import partial
+from numbers import Real
 import torch
 from torch import nn
 import pandas as pd
@@ -15,25 +16,26 @@ from fastcore.basics import store_attr
 from fastcore.foundation import L
 from fastcore.meta import delegates, use_kwargs_dict
 from fastai.callback.core import Callback
-from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import BaseLoss
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
+from .data import _check_count
 from .model import Block3
-# for what they add to fastai: progress bars, and images in `show_results` and `plot_top_losses`
-import fastai.callback.progress, fastai.vision.learner
+# for what they add to fastai: schedules, progress bars, and images in `show_results` and `plot_top_losses`
+import fastai.callback.schedule, fastai.callback.progress, fastai.vision.learner
 
-# %% ../nbs/02_learner.ipynb #128dc411
+# %% ../nbs/02_learner.ipynb #2b6755c5
 class NLLLossFlat(BaseLoss):
-    "`nn.NLLLoss` for log-probabilities (N, C) and labels (N,), with what fastai needs to decode them"
+    "`nn.NLLLoss` for log-probabilities (N, C) and labels (N,), with what fastai needs to decode and to mix them"
+    y_int = True
     @use_kwargs_dict(keep=True, weight=None, ignore_index=-100, reduction='mean')
     def __init__(self, *args, axis=-1, **kwargs): super().__init__(nn.NLLLoss, *args, axis=axis, **kwargs)
     def decodes(self, x): return x.argmax(dim=self.axis)
     def activation(self, x): return x.exp()
 
-# %% ../nbs/02_learner.ipynb #989d0184
+# %% ../nbs/02_learner.ipynb #1d065509
 class StepDecay(Callback):
     "Multiply each group's learning rate by `gamma` after every `step_size` epochs"
     order = 55
@@ -42,18 +44,16 @@ class StepDecay(Callback):
         gamma:float=0.1, # Factor of each step
     ): store_attr()
 
+    def before_fit(self): self.moms = [h['mom'] for h in self.opt.hypers if 'mom' in h] if self.opt else []
+
     def before_epoch(self):
-        if self.opt is None or self.steps_aside: return
-        if self.epoch == 0: self.base_lrs = L(h['lr'] for h in self.opt.hypers)
-        self.opt.set_hyper('lr', self.base_lrs.map(lambda lr: lr * self.gamma**(self.epoch//self.step_size)))
+        if self.epoch and self.epoch % self.step_size == 0: self.opt.set_hyper('lr', [h['lr']*self.gamma for h in self.opt.hypers])
 
     def after_fit(self):
-        if self.recorder.lrs and not self.steps_aside: self.recorder.hps = {'lr': self.recorder.lrs}
+        if self.moms: self.opt.set_hyper('mom', self.moms)
+        if self.recorder.lrs: self.recorder.hps = {'lr': self.recorder.lrs}
 
-    @property
-    def steps_aside(self): return any(isinstance(cb, ParamScheduler) for cb in self.learn.cbs)
-
-# %% ../nbs/02_learner.ipynb #5cb50e98
+# %% ../nbs/02_learner.ipynb #2460c717
 class History(Callback):
     "Keep a row for each epoch of the last fit"
     order,trained = 51,False
@@ -61,24 +61,32 @@ class History(Callback):
     def before_epoch(self): self.began = time.perf_counter()
 
     def before_train(self):
-        self.trained = not hasattr(self.learn, 'lr_finder')
-        if self.trained: self.rows = [o for o in self.rows if o['epoch'] <= self.epoch]
+        self.trained,self.n_right,self.n_seen = not hasattr(self.learn, 'lr_finder'),0,0
+        kept = [o for o in self.rows if o['epoch'] <= self.epoch]
+        if self.trained: self.rows = kept if len(kept) == self.epoch else []
+
+    def after_batch(self):
+        if not self.training or self.pred.shape[:-1] != self.y.shape: return
+        self.n_right,self.n_seen = self.n_right + (self.pred.argmax(-1) == self.y).sum(),self.n_seen + self.y.numel()
 
     def after_epoch(self):
         if not self.trained: return
         self.trained,rec = False,self.recorder
         row = {'epoch': self.epoch+1, 'lr': self.opt.hypers[-1]['lr'], **dict(zip(rec.metric_names[1:], rec.values[-1]))}
-        if 'valid_accuracy' in row: row |= {'correct': round(row['valid_accuracy'] * rec.loss.count), 'total': rec.loss.count}
+        if self.n_seen: row['train_accuracy'] = int(self.n_right)/self.n_seen
+        if (acc := row.pop('accuracy', None)) is not None:
+            row |= {'valid_accuracy': acc, 'correct': round(acc * rec.loss.count), 'total': rec.loss.count}
         self.rows.append(row | {'seconds': time.perf_counter() - self.began})
 
-# %% ../nbs/02_learner.ipynb #3bd637b0
+# %% ../nbs/02_learner.ipynb #0e218ed3
 def history(
     learn:Learner, # Made by `block3_learner`
 ) -> pd.DataFrame: # A row an epoch, counted from 1: rate, losses, accuracies in 0–1, correct and total, seconds
     "What the last `fit` of `learn` went through"
+    if not learn._grab_cbs(History): raise ValueError('This learner keeps no history: make it with block3_learner')
     return pd.DataFrame(learn.history.rows)
 
-# %% ../nbs/02_learner.ipynb #67c050c1
+# %% ../nbs/02_learner.ipynb #6bc15a2f
 @delegates(Learner, but='default_cbs')
 def block3_learner(
     dls:DataLoaders, # Of images (N, 1, 28, 28) and labels (N,)
@@ -89,22 +97,21 @@ def block3_learner(
     gamma:float=0.1, # Factor of each step
     loss_func=None, # `None`: `NLLLossFlat`
     opt_func=None, # `None`: `torch.optim.SGD` with momentum `mom`
-    metrics=accuracy, # Metrics, reported for training and evaluation
+    metrics=accuracy, # Metrics of the evaluation
     cbs=None, # More callbacks
     **kwargs
 ) -> Learner: # On the device of `dls`
     "A `Learner` whose plain `fit(15)` is the schedule of the original: SGD, and `StepLR` once an epoch"
     _check_rates(lr=lr, gamma=gamma)
     if not 0 <= mom < 1: raise ValueError(f'mom={mom!r}: mom is at least 0 and below 1')
-    if step_size < 1: raise ValueError(f'step_size={step_size!r}: step_size is a whole number of epochs from 1 on')
+    _check_count(step_size=step_size)
     if opt_func is None: opt_func = partial(OptimWrapper, opt=torch.optim.SGD, momentum=mom)
-    learn = Learner(dls, Block3() if model is None else model, loss_func=loss_func or NLLLossFlat(), opt_func=opt_func, lr=lr,
-                    metrics=metrics, cbs=[StepDecay(step_size, gamma), History(), *L(cbs)], **kwargs)
-    learn.recorder.train_metrics = True
-    return learn
+    return Learner(dls, Block3() if model is None else model, loss_func=loss_func or NLLLossFlat(), opt_func=opt_func, lr=lr,
+                   metrics=metrics, cbs=[StepDecay(step_size, gamma), History(), *L(cbs)], **kwargs)
 
-# %% ../nbs/02_learner.ipynb #a17670b9
+# %% ../nbs/02_learner.ipynb #0048ec64
 def _check_rates(**kwargs):
     for k,v in kwargs.items():
-        if not all(o > 0 for o in ([v.start or v.stop, v.stop] if isinstance(v, slice) else [v])):
+        parts = [v.start or v.stop, v.stop] if isinstance(v, slice) else [v]
+        if not all(isinstance(o, Real) and 0 < o < math.inf for o in parts):
             raise ValueError(f'{k}={v!r}: {k} is a number above 0')

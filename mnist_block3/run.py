@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['run_files', 'new_run_dir', 'write_whole', 'run_environment', 'run_results', 'save_run', 'EpochLines', 'train_run']
 
-# %% ../nbs/05_run.ipynb #857a5b2d
-import io, json, os, platform, tempfile
+# %% ../nbs/05_run.ipynb #fe48188b
+import io, json, math, os, platform, tempfile
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -70,16 +70,17 @@ def run_environment(
                 machine=dict(device=str(device), device_name=name, threads=torch.get_num_threads(), cores=os.cpu_count(),
                              platform=platform.platform()))
 
-# %% ../nbs/05_run.ipynb #3136cfc5
+# %% ../nbs/05_run.ipynb #cd7bc209
 def run_results(
     history, # `DataFrame`, from `history`
 ) -> dict: # Accuracies in 0–1, time in seconds
     "The last epoch and the best one; which is best was seen on the evaluation images, so only the last is an honest result"
     last,best = history.iloc[-1],history.loc[history.valid_accuracy.idxmax()]
-    return dict(accuracy=float(last.valid_accuracy), loss=float(last.valid_loss), correct=int(last.correct), total=int(last.total),
+    loss = float(last.valid_loss) if math.isfinite(last.valid_loss) else None
+    return dict(accuracy=float(last.valid_accuracy), loss=loss, correct=int(last.correct), total=int(last.total),
                 best_epoch=int(best.epoch), best_accuracy=float(best.valid_accuracy), train_seconds=float(history.seconds.sum()))
 
-# %% ../nbs/05_run.ipynb #13b17e5c
+# %% ../nbs/05_run.ipynb #1eaea77a
 def save_run(
     learn:Learner, # A trained learner, made by `block3_learner`
     folder:Path, # From `new_run_dir`
@@ -96,7 +97,7 @@ def save_run(
     write_whole(folder/'weights.safetensors', save(weights))
     write_whole(folder/'plots.png', png.getvalue())
     summary |= run_environment(learn.dls.device) | dict(results=run_results(h))
-    write_whole(folder/'summary.json', json.dumps(summary, indent=2).encode())
+    write_whole(folder/'summary.json', json.dumps(summary, indent=2, allow_nan=False).encode())
 
 # %% ../nbs/05_run.ipynb #f44f1ad9
 class EpochLines(Callback):
@@ -110,7 +111,7 @@ class EpochLines(Callback):
             f'epoch {o["epoch"]:2}/{self.n_epoch}  train loss {o["train_loss"]:.4f}  {self.evaluated_on} loss {o["valid_loss"]:.4f}  '
             f'{o["correct"]:,}/{o["total"]:,}  {100*o["valid_accuracy"]:.2f} %  {o["seconds"]:.1f} s')
 
-# %% ../nbs/05_run.ipynb #1d8652c5
+# %% ../nbs/05_run.ipynb #a1809ce6
 def train_run(
     epochs:int=15, # Epochs to train
     bs:int=64, # Training images a step
@@ -127,6 +128,7 @@ def train_run(
     "Train on the original's schedule, and keep the run in a folder; all settings are checked before anything is written"
     settings = {k: v for k,v in locals().items() if k not in ('out', 'bar')}
     _check_count(epochs=epochs)
+    if not 0 <= seed < 2**32: raise ValueError(f'seed={seed}: seed is a whole number from 0 to {2**32-1}')
     set_seed(seed)
     learn = block3_learner(mnist_dls(source, bs=bs, valid=valid, device=device, n_train=n_train), lr=lr, mom=mom)
     folder = new_run_dir(out)

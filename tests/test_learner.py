@@ -4,8 +4,10 @@ from functools import partial
 import matplotlib.pyplot as plt, pytest, torch, torch.nn.functional as F
 from sklearn.metrics import confusion_matrix
 from torch.utils.data import DataLoader as TorchDL, TensorDataset
-from mnist_block3.all import (block3_learner, Block3, Callback, ClassificationInterpretation, DataLoaders, history, Learner,
-                              load_learner, mnist_dls, NLLLossFlat, noop, OptimWrapper, ProgressCallback)
+from fastai.callback.training import GradientClip
+from mnist_block3.all import (block3_learner, Block3, Callback, ClassificationInterpretation, CSVLogger, CutMix, DataLoaders,
+                              EarlyStoppingCallback, history, Learner, load_learner, MixUp, mnist_dls, NLLLossFlat, noop, OptimWrapper,
+                              ParamScheduler, ProgressCallback, SaveModelCallback, SchedLin)
 
 
 @pytest.fixture
@@ -78,6 +80,49 @@ def test_step_decay_leaves_schedulers_alone(dls64):
     for o in (learn, plain): o.fit_one_cycle(3, 0.1)
     assert diff(model, twin) < 1e-12
     assert learn.recorder.hps == plain.recorder.hps
+
+
+def test_step_decay_gets_along_with_others(dls64):
+    learn = quiet(block3_learner(dls64, model64(), step_size=1))
+    learn.fit(2, cbs=ParamScheduler({'mom': SchedLin(0.9, 0.5)})) # of momentum alone: the rate steps on
+    assert learn.recorder.lrs == pytest.approx([0.02]*3 + [0.002]*3)
+    assert learn.opt.hypers[0]['mom'] == 0.8
+    class Halve(Callback):
+        def after_epoch(self): self.opt.set_hyper('lr', self.opt.hypers[-1]['lr']/2)
+    learn = quiet(block3_learner(dls64, model64(), step_size=2))
+    learn.fit(3, cbs=Halve)
+    assert learn.recorder.lrs == pytest.approx([0.02]*3 + [0.01]*3 + [0.0005]*3)
+
+
+def test_a_plain_fit_is_the_schedule_whatever_came_before(batches, dls64):
+    model = model64()
+    learn = quiet(block3_learner(dls64, model))
+    learn.fit_one_cycle(1, 0.1)
+    learn.fit(1, lr=0.01)
+    assert learn.recorder.lrs == [0.01]*3
+    learn.opt.clear_state()
+    twin = copy.deepcopy(model)
+    learn.fit(2)
+    torch_fit(twin.train(), batches, 2)
+    assert diff(model, twin) < 1e-9
+
+
+@pytest.mark.parametrize('cb', [partial(EarlyStoppingCallback, monitor='accuracy'), partial(SaveModelCallback, monitor='accuracy'), MixUp, CutMix,
+                                GradientClip, CSVLogger])
+def test_stock_callbacks(small_dls, tmp_path, cb):
+    learn = quiet(block3_learner(small_dls, cbs=cb(), path=tmp_path))
+    learn.fit(2)
+    assert len(history(learn)) == 2 and history(learn).train_loss.notna().all()
+
+
+def test_history_is_of_the_last_fit(dls64):
+    learn = quiet(block3_learner(dls64, model64(), step_size=1))
+    for fit,epochs in ((dict(n_epoch=3), [1,2,3]), (dict(n_epoch=1), [1]), (dict(n_epoch=3, start_epoch=1), [1,2,3]), (dict(n_epoch=5, start_epoch=4), [5])):
+        learn.fit(**fit)
+        learn.validate()
+        assert history(learn).epoch.tolist() == epochs
+    assert history(learn).lr.tolist() == pytest.approx([0.02*0.1**4])
+    with pytest.raises(ValueError, match='make it with block3_learner'): history(Learner(dls64, model64(), loss_func=NLLLossFlat()))
 
 
 def test_lr_find_is_not_disturbed(dls64, tmp_path):
@@ -162,7 +207,7 @@ def test_interpretation_and_show_results(trained):
     plt.close('all')
 
 
-@pytest.mark.parametrize('kwargs', [dict(lr=0), dict(lr=-1), dict(lr=slice(0.1, -1)), dict(gamma=0), dict(mom=1), dict(mom=-0.1), dict(step_size=0)])
+@pytest.mark.parametrize('kwargs', [dict(lr=0), dict(lr=-1), dict(lr=slice(0.1, -1)), dict(lr=float('inf')), dict(lr='a'), dict(lr=[0.1, 0.2]), dict(gamma=0), dict(mom=1), dict(mom=-0.1), dict(step_size=0), dict(step_size=1.5)])
 def test_bad_settings(small_dls, kwargs):
     with pytest.raises(ValueError, match=f'^{next(iter(kwargs))}='): block3_learner(small_dls, **kwargs)
 

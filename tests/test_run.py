@@ -3,7 +3,7 @@ import json, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file
-from mnist_block3.all import Block3, mnist_dls, new_run_dir, run_files, train_run, write_whole
+from mnist_block3.all import Block3, mnist_dls, new_run_dir, protocols, run_files, train_run, write_whole
 from mnist_block3.cli import block3_train
 
 few = dict(epochs=2, n_train=320, valid='reference', device='cpu')
@@ -58,7 +58,10 @@ bad = {
     'bs':          (dict(bs=0), 'bs=0'),
     'n_train':     (dict(n_train=-1), 'n_train=-1'),
     'lr':          (dict(lr=0.), 'lr=0.0'),
+    'inf':         (dict(lr=float('inf')), 'lr=inf'),
     'mom':         (dict(mom=1.), 'mom=1.0'),
+    'seed':        (dict(seed=2**64), 'seed=18446744073709551616'),
+    'meta':        (dict(device='meta'), "device='meta'"),
     'device':      (dict(device='gpu'), "device='gpu'"),
     'no device':   (dict(device='cuda:77'), "no device 'cuda:77'"),
     'source':      (dict(source='none/such'), 'none/such is no folder'),
@@ -91,8 +94,17 @@ def test_console(tmp_path, n_train):
     assert (res.returncode, res.stderr) == (0, '')
     folder, = (tmp_path/'runs').iterdir()
     assert {o.name for o in folder.iterdir()} == set(run_files)
-    assert 'epoch  1/1  train loss' in res.stdout and '/640' in res.stdout
+    h = pd.read_csv(folder/'history.csv').iloc[0]
+    assert (f'epoch  1/1  train loss {h.train_loss:.4f}  reference loss {h.valid_loss:.4f}  {h.correct:.0f}/640  '
+            f'{100*h.valid_accuracy:.2f} %  {h.seconds:.1f} s') in res.stdout.splitlines()
+    assert protocols['reference'] in res.stdout and 'test' not in res.stdout
     assert f'are in runs/{folder.name}' in res.stdout
+
+
+def test_a_run_that_diverged_is_recorded_as_one(tmp_path):
+    _,folder = train_run(**few, lr=1e30, out=tmp_path/'run')
+    summary = json.loads((folder/'summary.json').read_text(), parse_constant=lambda o: pytest.fail(f'{o} is no JSON'))
+    assert summary['results']['loss'] is None
 
 
 def test_console_mistake(tmp_path):
