@@ -9,8 +9,8 @@ __all__ = ['block3_train', 'respell']
 import warnings
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
 
-# %% ../nbs/06_cli.ipynb #980654c2
-import re, sys
+# %% ../nbs/06_cli.ipynb #10384317
+import argparse, re, sys
 from pathlib import Path
 from fastcore.script import anno_parser, call_parse
 from .data import protocols
@@ -48,5 +48,7 @@ def respell(
     parts = [o.partition('=') for o in args]
     return [known.get(a.replace('_', '-'), a) + eq + b for a,eq,b in parts]
 
-# %% ../nbs/06_cli.ipynb #cd7c1b12
-if Path(sys.argv[0]).stem == 'block3_train': sys.argv[1:] = respell(sys.argv[1:], block3_train.__wrapped__)
+# %% ../nbs/06_cli.ipynb #3f0f9f59
+if Path(sys.argv[0]).stem == 'block3_train':
+    sys.argv[1:] = respell(sys.argv[1:], block3_train.__wrapped__)
+    argparse.ArgumentParser.error = lambda self, message: self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')

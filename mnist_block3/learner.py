@@ -35,7 +35,7 @@ class NLLLossFlat(BaseLoss):
     def decodes(self, x): return x.argmax(dim=self.axis)
     def activation(self, x): return x.exp()
 
-# %% ../nbs/02_learner.ipynb #1d065509
+# %% ../nbs/02_learner.ipynb #31a6e8cf
 class StepDecay(Callback):
     "Multiply each group's learning rate by `gamma` after every `step_size` epochs"
     order = 55
@@ -44,13 +44,13 @@ class StepDecay(Callback):
         gamma:float=0.1, # Factor of each step
     ): store_attr()
 
-    def before_fit(self): self.moms = [h['mom'] for h in self.opt.hypers if 'mom' in h] if self.opt else []
+    def before_fit(self): self.old_moms = [h['mom'] for h in self.opt.hypers if 'mom' in h] if self.opt else []
 
     def before_epoch(self):
         if self.epoch and self.epoch % self.step_size == 0: self.opt.set_hyper('lr', [h['lr']*self.gamma for h in self.opt.hypers])
 
     def after_fit(self):
-        if self.moms: self.opt.set_hyper('mom', self.moms)
+        if self.old_moms: self.opt.set_hyper('mom', self.old_moms)
         if self.recorder.lrs: self.recorder.hps = {'lr': self.recorder.lrs}
 
 # %% ../nbs/02_learner.ipynb #2460c717

@@ -107,7 +107,11 @@ def test_a_run_that_diverged_is_recorded_as_one(tmp_path):
     assert summary['results']['loss'] is None
 
 
-def test_console_mistake(tmp_path):
-    res = console('--device', 'tpu', cwd=tmp_path)
-    assert (res.returncode, res.stdout, res.stderr) == (1, '', "block3_train: device='tpu': device is 'cpu', 'cuda', 'cuda:N' or 'mps'\n")
+@pytest.mark.parametrize('args,code,line', [
+    (('--device', 'tpu'), 1, "block3_train: device='tpu': device is 'cpu', 'cuda', 'cuda:N' or 'mps'\n"),
+    (('--epochs', 'ten'), 2, "block3_train: argument --epochs: invalid int value: 'ten'; see block3_train --help\n"),
+])
+def test_console_mistake(tmp_path, args, code, line):
+    res = console(*args, cwd=tmp_path)
+    assert (res.returncode, res.stdout, res.stderr) == (code, '', line)
     assert list(tmp_path.iterdir()) == []
