@@ -14,8 +14,6 @@ import numpy as np
 import pandas as pd
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from .data import mnist_block
-from .learner import block3_learner, history
 
 # %% ../nbs/04_evaluate.ipynb #4b53413b
 def plot_samples(

@@ -1,6 +1,6 @@
 import matplotlib
 matplotlib.use('Agg')
-import pytest, torch
+import pytest
 from fastai.torch_core import set_seed
 from mnist_block3.all import block3_learner, load_digits, mnist_dls, ProgressCallback
 

@@ -3,7 +3,7 @@ import json, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file
-from mnist_block3.all import Block3, mnist_dls, new_run_dir, protocols, run_files, train_run, write_whole
+from mnist_block3.all import Block3, new_run_dir, protocols, run_files, train_run, write_whole
 from mnist_block3.cli import block3_train
 
 few = dict(epochs=2, n_train=320, valid='reference', device='cpu')
