@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['mnist_path', 'mnist_sha256', 'protocols', 'n_holdout', 'mean_std', 'read_idx', 'Digits', 'load_digits', 'get_digits',
-           'DigitImage', 'DigitDL', 'CropCoord', 'CropRotate', 'mnist_block', 'get_device', 'mnist_dls']
+           'DigitImage', 'DigitDL', 'CropRotate', 'pixel_coords', 'mnist_block', 'get_device', 'mnist_dls']
 
-# %% ../nbs/00_data.ipynb #fae37a9f
-import gzip, hashlib, struct
+# %% ../nbs/00_data.ipynb #87a3d7e1
+import gzip, hashlib, math, struct
 from functools import partial
 from importlib.resources import files
 from numbers import Integral
@@ -15,16 +15,17 @@ from operator import attrgetter
 from pathlib import Path
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from fastcore.basics import chunked
+from fastcore.basics import chunked, store_attr
 from fastcore.foundation import is_indexer, L
 from fastcore.meta import delegates
 from fasttransform import Transform
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import get_image_files, IntToFloatTensor, ItemGetter, Normalize, ToTensor
-from fastai.torch_core import default_device, TensorCategory, TensorImageBW
-from fastai.vision.augment import AffineCoordTfm, PadMode, rotate_mat
+from fastai.torch_core import default_device, TensorCategory, TensorImage, TensorImageBW
+from fastai.vision.augment import RandTransform
 from fastai.vision.core import PILImageBW
 import fastai.vision.data # for what it adds to fastai: images in `show_batch`
 
@@ -219,34 +220,39 @@ class DigitDL(TfmdDL):
         i = torch.as_tensor(idxs, device=items.device)
         return (TensorImageBW(items.images[i][:,None]), TensorCategory(items.labels[i].long()))[:len(self.dataset.tls)]
 
-# %% ../nbs/00_data.ipynb #f14a52ac
-class CropCoord:
-    "Round sampling coordinates to pixel centres, then draw those of some images together around the centre"
-    def __init__(self, p, crop): self.p,self.crop = p,crop
-
-    def before_call(self, x):
-        self.scale = torch.where(torch.rand(len(x), device=x.device) < self.p, self.crop, 1.)
-
-    def __call__(self, coords, invert=False):
-        size = torch.tensor(coords.shape[2:0:-1], device=coords.device)
-        pixel = torch.round(((coords+1)*size - 1)/2)
-        return ((2*pixel+1)/size - 1) * self.scale[:,None,None,None]
-
-# %% ../nbs/00_data.ipynb #87b0b0a8
-class CropRotate(AffineCoordTfm):
-    "Scale up the centre with probability `p`, then rotate by up to `max_deg`; training only"
+# %% ../nbs/00_data.ipynb #38d04b8d
+class CropRotate(RandTransform):
+    "Scale up the centre of some images, then rotate each by an angle of its own; training only"
+    order = 30 # where fastai has its affine transforms
     def __init__(self,
         p:float=0.1, # Probability that an image's centre is cropped and scaled to the whole
         crop:float=22/28, # Share of height and width that is kept then
         max_deg:float=5., # Largest angle in degrees, uniform in both directions
         draw:float=None, # This angle instead of random ones, anticlockwise
     ):
-        rotate = partial(rotate_mat, max_deg=max_deg, p=1., draw=None if draw is None else -draw)
-        super().__init__(rotate, CropCoord(p, crop), pad_mode=PadMode.Zeros, align_corners=False)
+        super().__init__(p=p)
+        store_attr('crop,max_deg,draw')
 
-    def before_call(self, b, split_idx):
-        super().before_call(b, split_idx)
-        self.do = not split_idx
+    def before_call(self, b, split_idx): "Each image draws for itself"
+
+    def augment(self, x):
+        "Transform images (B, 1, H, W) in [0, 1]; nothing but tensor operations, so that it can be compiled and captured"
+        deg = x.new_empty(len(x)).uniform_(-self.max_deg, self.max_deg) if self.draw is None else x.new_full((len(x),), -self.draw)
+        scale = torch.where(torch.rand(len(x), device=x.device) < self.p, self.crop, 1.)
+        cos,sin = torch.cos(deg*math.pi/180),torch.sin(deg*math.pi/180)
+        mat = torch.stack([cos, sin, 0*cos, -sin, cos, 0*cos], dim=1).view(-1, 2, 3)
+        coords = pixel_coords(F.affine_grid(mat, x.shape, align_corners=False)) * scale[:,None,None,None]
+        return F.grid_sample(x, coords, mode='bilinear', padding_mode='zeros', align_corners=False)
+
+    def encodes(self, x:TensorImage): return self.augment(x.as_subclass(torch.Tensor))
+
+# %% ../nbs/00_data.ipynb #f72f6d02
+def pixel_coords(
+    coords:torch.Tensor, # Sampling coordinates in [-1, 1], (B, H, W, 2)
+) -> torch.Tensor: # Those of the nearest pixel centres
+    "Round sampling coordinates to pixel centres, which is what nearest neighbour does"
+    to_pixel = lambda c,n: (2*torch.round(((c+1)*n - 1)/2) + 1)/n - 1
+    return torch.stack([to_pixel(coords[...,0], coords.shape[2]), to_pixel(coords[...,1], coords.shape[1])], dim=-1)
 
 # %% ../nbs/00_data.ipynb #80ac4aa1
 mean_std = 0.1307,0.3081
