@@ -6,6 +6,7 @@ VENV     := .venv
 ARGS     ?=
 run_needs := torch torchvision fastai fastcore safetensors matplotlib pandas
 dev_needs := $(run_needs) nbdev pytest sklearn nbconvert smalldocs
+bench_needs := $(run_needs) $(if $(filter --all lightning,$(ARGS)),lightning)
 
 # "yes" where the active environment has all modules of $(1), and this checkout as mnist_block3
 has = $(shell $(PYTHON) -I -c "import os; from importlib.util import find_spec as f; \
@@ -13,14 +14,16 @@ has = $(shell $(PYTHON) -I -c "import os; from importlib.util import find_spec a
 active := $(shell $(PYTHON) -c "import sys, pathlib; print(pathlib.Path(sys.executable).parent)")
 run_env := $(if $(call has,$(run_needs)),,$(VENV)/.run)
 dev_env := $(if $(call has,$(dev_needs)),,$(VENV)/.dev)
+bench_env := $(if $(call has,$(bench_needs)),,$(VENV)/$(if $(filter lightning,$(bench_needs)),.bench,.run))
 run_bin := $(if $(run_env),$(VENV)/bin,$(active))
 dev_bin := $(if $(dev_env),$(VENV)/bin,$(active))
+bench_bin := $(if $(bench_env),$(VENV)/bin,$(active))
 with_dev = PATH="$(abspath $(dev_bin)):$$PATH"
 # nbdev 2 has underscores in the names of its commands, nbdev 3 hyphens; it works on several notebooks at
 # once, and threads of torch that outnumber the cores wait for each other, so each notebook gets one
 nbdev = $(with_dev) OMP_NUM_THREADS=1 $(if $(wildcard $(dev_bin)/nbdev_$(1)),nbdev_$(1),nbdev-$(subst _,-,$(1)))
 
-.PHONY: help train test test-slow readme prepare docs clean
+.PHONY: help train test test-slow bench readme prepare docs clean
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
 
@@ -37,6 +40,9 @@ test: $(dev_env) ## Run all notebooks and the tests
 test-slow: $(dev_env) ## Run what `make test` leaves out for its length
 	$(call nbdev,test) --flags slow
 	$(with_dev) python -m pytest -m slow $(ARGS)
+
+bench: $(bench_env) ## Measure speed against other ways, for a quarter of an hour or more; options in ARGS="--all --one-epoch"
+	@$(bench_bin)/python benchmarks/bench.py $(ARGS)
 
 readme: $(dev_env) ## Make README.md from nbs/index.ipynb
 	$(with_dev) python tools/readme.py
@@ -64,4 +70,8 @@ $(VENV)/.run: $(VENV)/bin/uv settings.ini setup.py pyproject.toml
 
 $(VENV)/.dev: $(VENV)/bin/uv settings.ini setup.py pyproject.toml
 	$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --compile-bytecode -e '.[dev]'
+	touch $@ $(VENV)/.run
+
+$(VENV)/.bench: $(VENV)/bin/uv settings.ini setup.py pyproject.toml
+	$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --compile-bytecode -e '.[bench]'
 	touch $@ $(VENV)/.run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NLLLossFlat', 'StepDecay', 'History', 'history', 'block3_learner']
 
-# %% ../nbs/02_learner.ipynb #b11c5ea3
+# %% ../nbs/02_learner.ipynb #de4059da
 import math, time
 from functools import partial
 from numbers import Real
@@ -22,6 +22,7 @@ from fastai.losses import BaseLoss
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from .data import _check_count
+from .fast import FastEpoch
 from .model import Block3
 # for what they add to fastai: schedules, progress bars, and images in `show_results` and `plot_top_losses`
 import fastai.callback.schedule, fastai.callback.progress, fastai.vision.learner
@@ -53,7 +54,7 @@ class StepDecay(Callback):
         if self.old_moms: self.opt.set_hyper('mom', self.old_moms)
         if self.recorder.lrs: self.recorder.hps = {'lr': self.recorder.lrs}
 
-# %% ../nbs/02_learner.ipynb #2460c717
+# %% ../nbs/02_learner.ipynb #a5fba80d
 class History(Callback):
     "Keep a row for each epoch of the last fit"
     order,trained = 51,False
@@ -68,6 +69,8 @@ class History(Callback):
     def after_batch(self):
         if not self.training or self.pred.shape[:-1] != self.y.shape: return
         self.n_right,self.n_seen = self.n_right + (self.pred.argmax(-1) == self.y).sum(),self.n_seen + self.y.numel()
+
+    def after_fast_train(self, n_right, n_seen): self.n_right,self.n_seen = n_right,n_seen
 
     def after_epoch(self):
         if not self.trained: return
@@ -86,12 +89,12 @@ def history(
     if not learn._grab_cbs(History): raise ValueError('This learner keeps no history: make it with block3_learner')
     return pd.DataFrame(learn.history.rows)
 
-# %% ../nbs/02_learner.ipynb #6bc15a2f
+# %% ../nbs/02_learner.ipynb #92670691
 @delegates(Learner, but='default_cbs')
 def block3_learner(
     dls:DataLoaders, # Of images (N, 1, 28, 28) and labels (N,)
     model:nn.Module=None, # Returns log-probabilities (N, 10); `None`: a new `Block3`
-    lr:float|slice=0.02, # Learning rate
+    lr:float=0.02, # Learning rate
     mom:float=0.8, # Momentum
     step_size:int=15, # Epochs between two steps of the learning rate
     gamma:float=0.1, # Factor of each step
@@ -99,6 +102,7 @@ def block3_learner(
     opt_func=None, # `None`: `torch.optim.SGD` with momentum `mom`
     metrics=accuracy, # Metrics of the evaluation
     cbs=None, # More callbacks
+    fast:bool=True, # Let `FastEpoch` run the epochs where it can
     **kwargs
 ) -> Learner: # On the device of `dls`
     "A `Learner` whose plain `fit(15)` is the schedule of the original: SGD, and `StepLR` once an epoch"
@@ -107,11 +111,9 @@ def block3_learner(
     _check_count(step_size=step_size)
     if opt_func is None: opt_func = partial(OptimWrapper, opt=torch.optim.SGD, momentum=mom)
     return Learner(dls, Block3() if model is None else model, loss_func=loss_func or NLLLossFlat(), opt_func=opt_func, lr=lr,
-                   metrics=metrics, cbs=[StepDecay(step_size, gamma), History(), *L(cbs)], **kwargs)
+                   metrics=metrics, cbs=[StepDecay(step_size, gamma), History(), FastEpoch(fast), *L(cbs)], **kwargs)
 
-# %% ../nbs/02_learner.ipynb #0048ec64
+# %% ../nbs/02_learner.ipynb #df75b046
 def _check_rates(**kwargs):
     for k,v in kwargs.items():
-        parts = [v.start or v.stop, v.stop] if isinstance(v, slice) else [v]
-        if not all(isinstance(o, Real) and 0 < o < math.inf for o in parts):
-            raise ValueError(f'{k}={v!r}: {k} is a number above 0')
+        if not (isinstance(v, Real) and 0 < v < math.inf): raise ValueError(f'{k}={v!r}: {k} is a number above 0')
