@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/07_all.ipynb #ddab6ad8
+# %% ../nbs/07_all.ipynb #328a163e
 from fastai.vision.all import *
 from .data import *
 from .model import *
 from .learner import *
+from .fast import FastEpoch
 from .evaluate import *
 from .run import *
 

@@ -18,7 +18,7 @@ from .evaluate import block_report
 from .learner import history
 from .run import run_files, train_run
 
-# %% ../nbs/06_cli.ipynb #5e8494fa
+# %% ../nbs/06_cli.ipynb #fc13a689
 @call_parse
 def block3_train(
     epochs:int=15, # Epochs to train
@@ -30,10 +30,12 @@ def block3_train(
     source:str=None, # Folder of IDX files or of images; the bundled MNIST if not given
     device:str=None, # cpu, cuda, cuda:1 or mps; the GPU if there is one and none is given
     n_train:int=None, # Keep only the first n_train training images
+    bf16:bool=False, # Compute in bfloat16
+    fast:bool=True, # Always take fastai's own training loop
     out:str=None, # Run folder; runs/ and the time if not given
 ):
     "Train the 7,904-parameter network on MNIST, and keep history, summary, weights and plots in a run folder"
-    try: learn,folder = train_run(epochs, bs, lr, mom, seed, valid, source, device, n_train, out, bar=sys.stdout.isatty())
+    try: learn,folder = train_run(epochs, bs, lr, mom, seed, valid, source, device, n_train, bf16, fast, out, bar=sys.stdout.isatty())
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'block3_train: {e}')
     print(f'\n{block_report(history(learn), measured=protocols[valid])}')
     print(f'\n{", ".join(run_files)} are in {folder}')

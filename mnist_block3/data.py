@@ -68,7 +68,7 @@ def read_idx(
         raise ValueError(f'{path} promises {"×".join(map(str, dims))} bytes after its header, but has {len(body)}')
     return torch.from_numpy(body.reshape(dims).copy())
 
-# %% ../nbs/00_data.ipynb #f94ccc6e
+# %% ../nbs/00_data.ipynb #0ede5726
 class Digits:
     "Images (N, 28, 28) and labels (N,), both uint8, on one device"
     def __init__(self,
@@ -84,7 +84,9 @@ class Digits:
     def __repr__(self): return f'{len(self):,} digits on {self.device}'
     def __getitem__(self, i):
         return (self.images[i], int(self.labels[i])) if is_indexer(i) else Digits(self.images[i], self.labels[i])
-    def to(self, device): return self if device in (None, self.device) else Digits(self.images.to(device), self.labels.to(device))
+    def to(self, device):
+        images = self.images if device is None else self.images.to(device)
+        return self if images is self.images else Digits(images, self.labels.to(device))
 
 # %% ../nbs/00_data.ipynb #48c2cc40
 def _idx_file(folder, name):
@@ -273,19 +275,17 @@ def mnist_block(
                      get_items=partial(get_digits, valid=valid, n_train=n_train), splitter=attrgetter('splits'),
                      item_tfms=item_tfms, batch_tfms=[*aug_tfms, Normalize.from_stats(*mean_std, cuda=False)])
 
-# %% ../nbs/00_data.ipynb #e25e44f3
+# %% ../nbs/00_data.ipynb #c3150ba2
 def get_device(
     device:str|torch.device=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; `None`: the GPU if there is one
-) -> torch.device: # One that exists here
+) -> torch.device: # One that exists here, with its index
     "Check `device`; raises `ValueError` where it is none, and `RuntimeError` where this machine lacks it"
     if device is None: return default_device()
     try: ok = torch.device(device).type in ('cpu', 'cuda', 'mps')
     except (RuntimeError, TypeError): ok = False
     if not ok: raise ValueError(f"device={device!r}: device is 'cpu', 'cuda', 'cuda:N' or 'mps'")
-    device = torch.device(device)
-    try: torch.empty(1, device=device)
-    except Exception: raise RuntimeError(f'This machine has no device {str(device)!r} that this build of torch can use') from None
-    return device
+    try: return torch.empty(1, device=device).device
+    except Exception: raise RuntimeError(f'This machine has no device {device!r} that this build of torch can use') from None
 
 # %% ../nbs/00_data.ipynb #39b7f685
 @delegates(mnist_block)

@@ -6,9 +6,10 @@
 __all__ = ['compile_steps', 'sgd_step', 'PointwiseAsMatmul', 'as_function', 'batch_pred', 'Steps', 'why_plain', 'epoch_schedule',
            'held_signals', 'has_compiler', 'FastEpoch']
 
-# %% ../nbs/03_fast.ipynb #93e7740e
+# %% ../nbs/03_fast.ipynb #f89a65dd
 import os, random, shutil, signal, threading, time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 import numpy as np
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from fastai.learner import AvgLoss, AvgMetric, CastToTensor, Learner, Recorder
 from fastai.losses import BaseLoss
 from fastai.metrics import accuracy, AccumMetric, error_rate
 from fastai.optimizer import OptimWrapper
+from fastai.vision.augment import RandTransform
 from .data import DigitDL
 
 # %% ../nbs/03_fast.ipynb #c1262add
@@ -57,14 +59,16 @@ class PointwiseAsMatmul(TorchFunctionMode):
                 return F.linear(x.permute(0,2,3,1), w.flatten(1), bias).permute(0,3,1,2)
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/03_fast.ipynb #782a44a9
+# %% ../nbs/03_fast.ipynb #926df065
 def as_function(
     tfm, # A batch transform
 ): # A function of image tensors (B, 1, H, W), or `None` where `tfm` is not known to be one
     "What `tfm` does to images in training"
-    if hasattr(tfm, 'augment'): return tfm.augment
     if type(tfm) is IntToFloatTensor: return lambda x: x.float()/tfm.div
     if type(tfm) is Normalize: return lambda x: (x - tfm.mean)/tfm.std
+    owner = next((c for c in type(tfm).__mro__ if 'augment' in vars(c) or 'encodes' in vars(c)), object)
+    skips_some = getattr(tfm, 'p', 1) < 1 and type(tfm).before_call is RandTransform.before_call
+    return tfm.augment if 'augment' in vars(owner) and not skips_some else None
 
 # %% ../nbs/03_fast.ipynb #5a55ac78
 def batch_pred(
@@ -82,7 +86,7 @@ def batch_pred(
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16), PointwiseAsMatmul() if restate else nullcontext(): pred = model(x)
     return pred.float() if bf16 else pred
 
-# %% ../nbs/03_fast.ipynb #4fbf599c
+# %% ../nbs/03_fast.ipynb #4b2b57b0
 class Steps:
     "The training steps of an epoch on one device"
     def __init__(self,
@@ -100,93 +104,137 @@ class Steps:
         compiled:bool=False, # Compile `batch_pred`
         graph:bool=False, # Capture the step
     ):
-        self.model,self.graph,self.sched_mom,dev = model,graph,sched_mom,digits.device
+        self.model,self.loss_func,self.labels,self.sched_mom,self.graph = model,loss_func,digits.labels,sched_mom,graph
         self.engine = ' '.join(['compiled']*compiled + ['graph']*graph) or 'eager'
-        self.n_full,self.rest = n//bs,0 if drop_last else n%bs
-        self.n_steps = self.n_full + bool(self.rest)
-        dtype = torch.float32 if dev.type == 'cuda' else torch.float64 # as the fused SGD of each reads its rate
-        self.order,self.at = torch.zeros(n, dtype=torch.long, device=dev),torch.zeros(1, dtype=torch.long, device=dev)
+        self.n_full,rest = n//bs,0 if drop_last else n%bs
+        self.n_steps,self.dev,self.graphs,self.counts = self.n_full + bool(rest),digits.device,{},False
+        new = partial(torch.zeros, device=self.dev)
+        self.order,self.at = new(n, dtype=torch.long),new(1, dtype=torch.long)
         self.full,self.tail = self.order[:self.n_full*bs].view(-1, bs),self.order[self.n_full*bs:]
-        self.losses,self.n_right = torch.zeros(self.n_steps, device=dev),torch.zeros((), dtype=torch.long, device=dev)
-        self.lrs,self.moms = (torch.zeros(self.n_steps, len(groups), device=dev, dtype=dtype) for _ in range(2))
+        self.losses,self.n_right = new(self.n_steps),new((), dtype=torch.long)
+        dtype = torch.float32 if self.dev.type == 'cuda' else torch.float64 # as the fused SGD of each reads its rate
+        self.lrs,self.moms = (new(self.n_steps, len(groups), dtype=dtype) for _ in range(2))
         self.groups = [self._group(g, state) for g in groups]
-        self.loss_func,self.labels,restate = loss_func,digits.labels,compiled and dev.type == 'cpu'
-        self.tail_pred = lambda idxs: batch_pred(model, tfms, digits.images, idxs, bf16)
-        full_pred = torch.compile(batch_pred, dynamic=False) if compiled else batch_pred
+        full_pred = torch.compile(batch_pred, dynamic=False, fullgraph=True) if compiled else batch_pred
+        restate = compiled and self.dev.type == 'cpu'
         self.full_pred = lambda idxs: full_pred(model, tfms, digits.images, idxs, bf16, restate)
-        self.graphs = {}
+        self.tail_pred = lambda idxs: batch_pred(model, tfms, digits.images, idxs, bf16)
 
     def _group(self, g, state):
+        "Weights, momentum buffers and settings of a parameter group; buffers lie in memory as their weights do"
         params = [p for p in g['params'] if p.requires_grad]
-        if self.sched_mom or g['momentum']:
-            for p in params:
-                if state[p].get('momentum_buffer') is None: state[p]['momentum_buffer'] = torch.zeros_like(p)
+        for p in params if self.sched_mom or g['momentum'] else []:
+            buf = state[p].get('momentum_buffer')
+            if buf is None: state[p]['momentum_buffer'] = torch.zeros_like(p)
+            elif buf.stride() != p.stride(): state[p]['momentum_buffer'] = torch.empty_like(p).copy_(buf)
         return params,[state[p].get('momentum_buffer') for p in params],g['momentum'],g['weight_decay'],g['nesterov']
 
-    def step(self, full):
-        "One step; `full`: a batch of the usual size"
-        idxs = self.full.index_select(0, self.at)[0] if full else self.tail
-        pred,y = (self.full_pred if full else self.tail_pred)(idxs),self.labels[idxs].long()
-        loss = self.loss_func(pred, y)
-        loss.backward()
-        lr,mom = self.lrs.index_select(0, self.at)[0],self.moms.index_select(0, self.at)[0]
+# %% ../nbs/03_fast.ipynb #ffbb003e
+@patch
+def step(self:Steps,
+    full:bool, # A batch of the usual size, and not the short one
+):
+    "One step, from index to SGD"
+    idxs = self.full.index_select(0, self.at)[0] if full else self.tail
+    pred,y = (self.full_pred if full else self.tail_pred)(idxs),self.labels[idxs].long()
+    loss = self.loss_func(pred, y)
+    loss.backward()
+    with torch.no_grad():
+        self._sgd(self.lrs.index_select(0, self.at)[0], self.moms.index_select(0, self.at)[0])
+        self.losses.index_copy_(0, self.at, loss.detach().as_subclass(torch.Tensor)[None].float())
+        self.counts = pred.shape[:-1] == y.shape
+        if self.counts: self.n_right += (pred.argmax(-1) == y).sum()
+        self.at += 1
+
+@patch
+def _sgd(self:Steps, lr, mom):
+    "Move the weights that have a gradient; `lr` and `mom` have a value a group"
+    for i,(params,bufs,fixed,wd,nesterov) in enumerate(self.groups):
+        used = [(p,p.grad,b) for p,b in zip(params, bufs) if p.grad is not None]
+        if used: sgd_step(*map(list, zip(*used)), lr[i], mom[i] if self.sched_mom else fixed, wd, nesterov)
+        for p in params: p.grad = None
+
+# %% ../nbs/03_fast.ipynb #2e5da44f
+@patch
+def start(self:Steps,
+    order, # Indices of the images, (n,)
+    lrs, # Learning rates, (n_steps, groups)
+    moms, # Momentum, (n_steps, groups)
+):
+    "Set what an epoch needs"
+    for a,b in ((self.order, order), (self.lrs, lrs), (self.moms, moms)): a.copy_(torch.as_tensor(b, dtype=a.dtype))
+    self.at.zero_()
+    self.n_right.zero_()
+
+@patch
+def __call__(self:Steps,
+    i:int, # Which step of the epoch; it has to be the next one
+):
+    "Launch a step"
+    full = i < self.n_full
+    if self.graphs: self.graphs[full].replay()
+    else: self.step(full)
+
+# %% ../nbs/03_fast.ipynb #2eea47d9
+def _python_state(model):
+    "What a forward pass might change without PyTorch: attributes, which buffers there are, random numbers"
+    kept = [{k: v for k,v in vars(m).items() if isinstance(v, (bool,int,float,str))} for m in model.modules()]
+    return kept,[dict(m._buffers) for m in model.modules()],random.getstate(),np.random.get_state()
+
+def _same_python(a, b):
+    ids = lambda o: [{k: id(v) for k,v in d.items()} for d in o]
+    return a[0] == b[0] and ids(a[1]) == ids(b[1]) and a[2] == b[2] and str(a[3]) == str(b[3])
+
+# %% ../nbs/03_fast.ipynb #7d9e9963
+@patch
+@contextmanager
+def undone(self:Steps):
+    "Put everything back at the end that steps change"
+    bufs = [b for g in self.groups for b in g[1] if b is not None]
+    live = [*self.model.parameters(), *self.model.buffers(), *bufs, self.losses, self.n_right, self.at]
+    kept,python,rng = [o.detach().clone() for o in live],_python_state(self.model),torch.get_rng_state()
+    if self.dev.type == 'cuda': cuda_rng = torch.cuda.get_rng_state(self.dev)
+    try: yield python
+    finally:
+        for m,settings,buffers in zip(self.model.modules(), *python[:2]):
+            vars(m).update(settings)
+            m._buffers.update(buffers)
         with torch.no_grad():
-            for i,(params,bufs,fixed,wd,nesterov) in enumerate(self.groups):
-                used = [(p,b) for p,b in zip(params, bufs) if p.grad is not None]
-                if used:
-                    ps,bs = map(list, zip(*used))
-                    sgd_step(ps, [p.grad for p in ps], bs, lr[i], mom[i] if self.sched_mom else fixed, wd, nesterov)
-                for p in params: p.grad = None
-            self.losses.index_copy_(0, self.at, loss.detach().as_subclass(torch.Tensor)[None].float())
-            self.n_right += (pred.argmax(-1) == y).sum()
-            self.at += 1
+            for o,k in zip(live, kept): o.copy_(k)
+        random.setstate(python[2])
+        np.random.set_state(python[3])
+        torch.set_rng_state(rng)
+        if self.dev.type == 'cuda': torch.cuda.set_rng_state(cuda_rng, self.dev)
 
-    def start(self, order, lrs, moms):
-        "Set what an epoch needs: the order of the images (n,), and rate and momentum by step and group"
-        for a,b in ((self.order, order), (self.lrs, lrs), (self.moms, moms)): a.copy_(torch.as_tensor(b, dtype=a.dtype))
-        self.at.zero_()
-        self.n_right.zero_()
-
-    @contextmanager
-    def undone(self):
-        "Put weights, statistics, momentum and random numbers back at the end"
-        dev,bufs = self.at.device,[b for g in self.groups for b in g[1] if b is not None]
-        live = [*self.model.parameters(), *self.model.buffers(), *bufs, self.losses, self.n_right, self.at]
-        kept,rng,cuda = [o.detach().clone() for o in live],torch.get_rng_state(),dev.type == 'cuda' and torch.cuda.get_rng_state(dev)
-        try: yield
-        finally:
-            with torch.no_grad():
-                for o,k in zip(live, kept): o.copy_(k)
-            torch.set_rng_state(rng)
-            if dev.type == 'cuda': torch.cuda.set_rng_state(cuda, dev)
-
-    def prepare(self):
-        "Try the step, and capture it on a GPU"
-        kinds,python = [True]*bool(self.n_full) + [False]*bool(self.rest),(random.getstate(), str(np.random.get_state()))
-        with self.undone():
-            if not self.graph: return [self._try(o) for o in kinds]
+# %% ../nbs/03_fast.ipynb #04acdcfd
+@patch
+def prepare(self:Steps):
+    "Try the step, and capture it on a GPU"
+    kinds = [True]*bool(self.n_full) + [False]*(self.n_steps > self.n_full)
+    with self.undone() as python:
+        if not self.graph: return [self._try(o) for o in kinds]
+        with torch.cuda.device(self.dev):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for o in kinds*3: self._try(o)
+            with torch.cuda.stream(side): [self._try(o) for o in kinds*3]
             torch.cuda.current_stream().wait_stream(side)
-            if (random.getstate(), str(np.random.get_state())) != python:
-                raise RuntimeError('the model draws random numbers that are not of torch')
-            for o in kinds:
-                self.graphs[o],pool = torch.cuda.CUDAGraph(),next(iter(self.graphs.values())).pool() if self.graphs else None
-                with torch.cuda.graph(self.graphs[o], pool=pool): self.step(o)
+            if not _same_python(python, _python_state(self.model)):
+                raise RuntimeError('the model changes something in Python, or draws random numbers that are not of torch')
+            pool = torch.cuda.graph_pool_handle()
+            for o in kinds: self.graphs[o] = self._capture(o, pool, side)
 
-    def _try(self, full):
-        self.at.zero_()
-        self.step(full)
+@patch
+def _try(self:Steps, full):
+    self.at.zero_()
+    self.step(full)
 
-    def __call__(self, i):
-        "Launch step `i`, the next one"
-        full = i < self.n_full
-        if self.graphs: self.graphs[full].replay()
-        else: self.step(full)
+@patch
+def _capture(self:Steps, full, pool, stream):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream): self.step(full)
+    return graph
 
-# %% ../nbs/03_fast.ipynb #4245f0bb
+# %% ../nbs/03_fast.ipynb #a08b839a
 _batch_events = ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step',
                  'after_cancel_step', 'after_step', 'after_cancel_batch', 'after_batch', 'after_cancel_train', 'after_cancel_validate')
 _known_cbs = TrainEvalCallback,Recorder,ProgressCallback,CastToTensor
@@ -196,93 +244,99 @@ def _listens(cb, *events): return next((e for e in events if hasattr(type(cb), e
 def _why_not_cb(cb, mine):
     "Why the callback `cb` needs fastai's loop, or `None`"
     if not cb.run or cb is mine or type(cb) in _known_cbs or hasattr(type(cb), 'after_fast_train'): return
-    if type(cb) is MixedPrecision: return None if AMPMode(cb.amp_mode) == AMPMode.BF16 else 'MixedPrecision scales the loss'
-    if type(cb) is ParamScheduler:
-        return None if set(cb.scheds) <= {'lr','mom'} else f'ParamScheduler schedules {", ".join(set(cb.scheds) - {"lr","mom"})}'
+    if type(cb) is MixedPrecision and AMPMode(cb.amp_mode) == AMPMode.BF16: return
+    if type(cb) is ParamScheduler and set(cb.scheds) <= {'lr','mom'}: return
     if e := _listens(cb, *_batch_events): return f'{cb} listens to {e}'
     if cb.order >= mine.order and (e := _listens(cb, 'before_train', 'before_validate')): return f'{cb} has {e} after the fast path'
 
-# %% ../nbs/03_fast.ipynb #1e8ba36b
+# %% ../nbs/03_fast.ipynb #f87c4075
 def _why_not_model(model):
     "Why `model` needs fastai's loop, or `None`"
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return f'{type(model).__name__} spreads the model'
     hooks = '_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks'
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return f'{type(model).__name__} spreads the model'
     if any(getattr(m, o) for m in model.modules() for o in hooks): return 'the model has hooks'
-    if any(p._backward_hooks or getattr(p, '_post_accumulate_grad_hooks', None) for p in model.parameters()): return 'a parameter has hooks'
+    if any(p._backward_hooks or getattr(p, '_post_accumulate_grad_hooks', None) for p in model.parameters()):
+        return 'a parameter has hooks'
 
-# %% ../nbs/03_fast.ipynb #23ad4234
 def _why_not_dl(dl):
-    "Why the training loader `dl` needs fastai's loop, or `None`"
-    if type(dl) is not DigitDL or not dl.resident or dl.n_inp != 1 or len(dl.dataset.tls) != 2: return f'{type(dl).__name__} does not take whole batches by index'
-    for f in dl.after_batch.fs:
-        if as_function(f) is None: return f'{type(f).__name__} has no method augment'
+    "Why the loader `dl` needs fastai's loop, or `None`"
+    if type(dl) is not DigitDL or not dl.resident or dl.n_inp != 1 or len(dl.dataset.tls) != 2:
+        return f'{type(dl).__name__} does not take whole batches by index'
+    own = (set(dl._methods) - {'after_item','before_batch','after_batch'}) & set(vars(dl))
+    if own: return f'the loader has a {", ".join(sorted(own))} of its own'
+    if not len(dl): return 'there are no batches'
+    if bad := next((o for o in dl.after_batch.fs if as_function(o) is None), None): return f'{type(bad).__name__} has no method augment'
 
-# %% ../nbs/03_fast.ipynb #64e27cac
 def _why_not_opt(opt):
     "Why `opt` needs fastai's loop, or `None`"
     if type(opt) is not OptimWrapper or type(opt.opt) is not torch.optim.SGD: return f'{type(getattr(opt, "opt", opt)).__name__} is not torch.optim.SGD'
-    if any(g['dampening'] or g['maximize'] or g['differentiable'] for g in opt.opt.param_groups): return 'SGD has dampening, maximize or differentiable'
+    if bad := next((o for o in ('dampening', 'maximize', 'differentiable') for g in opt.opt.param_groups if g[o]), None): return f'SGD has {bad}'
     if opt.opt._optimizer_step_pre_hooks or opt.opt._optimizer_step_post_hooks: return 'the optimizer has hooks'
 
-# %% ../nbs/03_fast.ipynb #05acba7f
 def _why_not_metrics(rec):
     "Why the metrics of the `Recorder` `rec` need fastai's loop, or `None`"
     if rec.train_metrics: return 'metrics are wanted on the training batches'
-    if bad := next((o for o in rec.metrics if type(o) not in (AvgMetric, AccumMetric)), None): return f'{type(bad).__name__} is neither AvgMetric nor AccumMetric'
+    if bad := next((o for o in rec.metrics if type(o) not in (AvgMetric, AccumMetric)), None):
+        return f'{type(bad).__name__} is neither AvgMetric nor AccumMetric'
 
-# %% ../nbs/03_fast.ipynb #86fb5f40
+# %% ../nbs/03_fast.ipynb #efbd63b4
 def why_plain(
     learn:Learner, # In a fit
-    mine:Callback, # The `FastEpoch`
+    mine:Callback, # Its `FastEpoch`
 ) -> str: # One reason, or `None`
     "Why `learn` needs fastai's own training loop"
     if type(learn) is not Learner: return f'{type(learn).__name__} may have a loop of its own'
     if why := _why_not_dl(learn.dls.train): return why
-    device,loss = next(learn.model.parameters()).device,learn.loss_func
-    if device.type not in ('cpu', 'cuda') or device != learn.dls.device: return f'the model is on {device}, the data on {learn.dls.device}'
+    here,loss = next(learn.model.parameters()).device,learn.loss_func
+    there = torch.empty(0, device=learn.dls.device).device
+    if here.type not in ('cpu', 'cuda') or here != there: return f'the model is on {here}, the data on {there}'
     if not isinstance(loss, BaseLoss) or getattr(loss, 'reduction', 'mean') != 'mean': return f'{loss} is not a BaseLoss with the mean of a batch'
     cbs = (_why_not_cb(o, mine) for o in learn.cbs)
-    return (next(filter(None, cbs), None) or _why_not_model(learn.model) or _why_not_opt(learn.opt)
-            or _why_not_metrics(learn.recorder))
+    return next(filter(None, cbs), None) or _why_not_model(learn.model) or _why_not_opt(learn.opt) or _why_not_metrics(learn.recorder)
 
-# %% ../nbs/03_fast.ipynb #72878fbe
+# %% ../nbs/03_fast.ipynb #54b44318
 def _settings(o):
-    "The plain values among the attributes of `o`"
-    return tuple((k,v) for k,v in sorted(vars(o).items()) if isinstance(v, (bool,int,float,str,tuple,type(None))))
+    "The plain values among the attributes of `o`, and where its tensors lie"
+    plain = tuple((k,v) for k,v in sorted(vars(o).items()) if isinstance(v, (bool,int,float,str,tuple,type(None))))
+    return id(o),plain,[(k,v.data_ptr()) for k,v in vars(o).items() if isinstance(v, torch.Tensor)]
 
-def _signature(learn, sched_mom, bf16):
+def _signature(learn, **kwargs):
     "All that `Steps` takes for granted"
-    model,dl,skip = learn.model,learn.dls.train,('params', 'lr', 'initial_lr') + ('momentum',)*sched_mom
-    return (bf16, id(model), id(learn.loss_func), _settings(learn.loss_func), id(dl), dl.bs, dl.n, dl.drop_last, id(dl.dataset.items),
-            [(id(m), _settings(m)) for m in model.modules()], [(id(f), _settings(f)) for f in dl.after_batch.fs],
-            [(id(p), p.data_ptr(), p.requires_grad) for p in model.parameters()], [b.data_ptr() for b in model.buffers()],
-            [[(k,v) for k,v in g.items() if k not in skip] + [id(p) for p in g['params']] for g in learn.opt.param_groups])
+    dl,opt,loss = learn.dls.train,learn.opt.opt,learn.loss_func
+    skip = {'params', 'lr', 'initial_lr'} | ({'momentum'} if kwargs['sched_mom'] else set())
+    tensors = [*learn.model.parameters(), *learn.model.buffers(), *getattr(loss.func, 'buffers', list)()]
+    bufs = [opt.state.get(p, {}).get('momentum_buffer') for g in opt.param_groups for p in g['params']]
+    return (kwargs, dl.bs, dl.n, dl.drop_last, [_settings(o) for o in (dl.dataset.items, loss, loss.func, *learn.model.modules(), *dl.after_batch.fs)],
+            [(o.data_ptr(), o.stride(), o.requires_grad) for o in tensors], [b is not None and b.data_ptr() for b in bufs],
+            [[(k,v) for k,v in g.items() if k not in skip] + [id(p) for p in g['params']] for g in opt.param_groups])
 
-# %% ../nbs/03_fast.ipynb #e7a328d9
+# %% ../nbs/03_fast.ipynb #76c874f2
+def _schedulers(learn): return [o for o in learn.cbs.sorted('order') if type(o) is ParamScheduler and o.run]
+
 def epoch_schedule(
     learn:Learner, # At the beginning of an epoch
     n_steps:int, # Steps an epoch
-) -> dict: # 'lr' and 'mom', each (n_steps, groups), and whatever is scheduled
+) -> dict: # 'lr' and 'mom', each (n_steps, groups)
     "Learning rate and momentum for every step of the epoch"
     hypers = learn.opt.hypers
     table = {k: np.tile([float(h[k]) for h in hypers], (n_steps,1)) for k in ('lr','mom')}
-    steps = np.cumsum([learn.epoch/learn.n_epoch] + [1./(n_steps*learn.n_epoch)]*(n_steps-1))
-    for cb in learn.cbs.sorted('order'):
-        if type(cb) is ParamScheduler and cb.run:
-            for k,f in cb.scheds.items(): table[k] = np.stack([np.broadcast_to(np.asarray(f(o), float), len(hypers)) for o in steps])
+    pcts = np.cumsum([learn.epoch/learn.n_epoch] + [1./(n_steps*learn.n_epoch)]*(n_steps-1))
+    for cb in _schedulers(learn):
+        for k,f in cb.scheds.items(): table[k] = np.stack([np.broadcast_to(np.asarray(f(o), float), len(hypers)) for o in pcts])
     return table
 
-# %% ../nbs/03_fast.ipynb #22abcee7
+# %% ../nbs/03_fast.ipynb #0d11a009
 @contextmanager
 def held_signals(
     *nums, # Signals to hold back
 ):
     "Hold signals back; call what is yielded where they may be let through"
-    if threading.current_thread() is not threading.main_thread(): yield lambda: None; return
-    came,old = [],{o: signal.getsignal(o) for o in nums}
-    old = {o: h for o,h in old.items() if callable(h)}
+    came,old = [],{o: h for o in nums if callable(h := signal.getsignal(o))}
+    if threading.current_thread() is not threading.main_thread(): old = {}
     def let():
-        while came: num,frame = came.pop(0); old[num](num, frame)
+        while came:
+            num,frame = came.pop(0)
+            old[num](num, frame)
     for o in old: signal.signal(o, lambda *args: came.append(args))
     try: yield let
     finally:
@@ -297,148 +351,174 @@ def has_compiler() -> bool:
     "Whether this machine has a C++ compiler, which `torch.compile` needs on a CPU"
     return any(map(shutil.which, (os.environ.get('CXX') or 'g++', 'g++', 'clang++', 'cl')))
 
-# %% ../nbs/03_fast.ipynb #68d5054c
+# %% ../nbs/03_fast.ipynb #a5ca8188
 class FastEpoch(Callback):
     "Run each epoch from index to SGD without callback events for its batches, where that gives the same result"
-    order,_stateattrs = 61,('steps','signature')
+    order,_stateattrs,bar_seconds = 61,('steps','signature','table'),0.1
+    engine,why = 'plain',None
     def __init__(self,
         on:bool=True, # `False`: always fastai's own loop
         compile:bool=None, # Use `torch.compile`; `None`: on a CPU
         min_steps:int=None, # Shorter fits take fastai's loop; `None`: `compile_steps` with `torch.compile`, or else 0
     ):
         self.on,self.use_compile,self.min_steps = on,compile,min_steps
-        self.before_fit()
+        self._drop()
+
+    def _drop(self): self.steps,self.signature,self.table,self.took = None,None,None,False
 
     def before_fit(self):
-        self.engine,self.why,self.steps,self.signature,self.took,self.said = 'plain',None,None,None,False,False
-        mp = getattr(self.learn, 'mixed_precision', None)
-        if mp and next(self.model.parameters()).device.type == 'cpu' and AMPMode(mp.amp_mode) == AMPMode.BF16:
-            mp.autocast = torch.autocast('cpu', torch.bfloat16) # fastai's own is for CUDA only
+        self._drop()
+        self.said = False
+        if self.bf16 and next(self.model.parameters()).device.type == 'cpu':
+            self.mixed_precision.autocast = torch.autocast('cpu', torch.bfloat16) # fastai's own is for CUDA only
 
     def before_train(self):
         self.why = self._why()
         if self.why is None: self._build()
         if self.why is not None: return self._go_plain()
-        self.table = epoch_schedule(self.learn, self.steps.n_steps)
-        self.dls.train.randomize()
-        self.steps.start(self.dls.train.get_idxs(), self.table['lr'], self.table['mom'])
+        self.engine = self.steps.engine
         self._run()
         self.took = True
         raise CancelTrainException()
 
     def before_validate(self):
-        dl = self.dl
-        if self.steps is None or type(dl) is not DigitDL or not dl.resident or len(dl.dataset.tls) != 2: return
-        if any(_why_not_cb(o, self) for o in self.learn.cbs): return
-        self._evaluate(dl)
+        if self.steps is None or _why_not_dl(self.dl) or any(_why_not_cb(o, self) for o in self.learn.cbs): return
+        self._evaluate(self.dl)
         self.took = True
         raise CancelValidException()
 
     def after_cancel_train(self):
-        if self.took: self.recorder.cancel_train = self.took = False
+        if self.took: self.took,self.recorder.cancel_train = False,False
 
     def after_cancel_validate(self):
-        if self.took: self.recorder.cancel_valid = self.took = False
+        if self.took: self.took,self.recorder.cancel_valid = False,False
 
-    def after_fit(self): self.steps = self.signature = None
+    def after_fit(self): self._drop()
 
-# %% ../nbs/03_fast.ipynb #cf1d5517
+    @property
+    def bf16(self):
+        "Whether the fit is in bfloat16"
+        mp = getattr(self.learn, 'mixed_precision', None)
+        return mp is not None and mp.run and AMPMode(mp.amp_mode) == AMPMode.BF16
+
+# %% ../nbs/03_fast.ipynb #f12d7f77
 @patch
 def _why(self:FastEpoch):
     "Why this epoch takes fastai's loop, or `None`"
     if not self.on: return 'fast=False'
     if why := why_plain(self.learn, self): return why
-    cpu = self.dls.device.type == 'cpu'
+    cpu = next(self.model.parameters()).device.type == 'cpu'
     compiled = cpu if self.use_compile is None else self.use_compile
-    self.launch = dict(compiled=compiled, graph=not cpu)
-    if len(self.dls.train)*self.n_epoch < (compile_steps*compiled if self.min_steps is None else self.min_steps): return 'the fit is short'
+    least = compile_steps*compiled if self.min_steps is None else self.min_steps
+    if len(self.dls.train)*self.n_epoch < least: return 'the fit is short'
     if cpu and compiled and not has_compiler(): return 'there is no C++ compiler'
+    self.launch = dict(compiled=compiled, graph=not cpu)
 
 @patch
 def _build(self:FastEpoch):
-    "Make `steps` where there are none for the settings as they are"
+    "Have `steps` for the settings as they are, and tell them what the epoch needs"
     dl,opt = self.dls.train,self.opt.opt
     dl.before_iter()
-    sched_mom = any(type(o) is ParamScheduler and 'mom' in o.scheds for o in self.learn.cbs)
-    bf16 = hasattr(self.learn, 'mixed_precision')
-    if (signature := _signature(self.learn, sched_mom, bf16)) == self.signature: return
-    tfms = [as_function(o) for o in dl.after_batch.fs if o.split_idx in (None, dl.split_idx)]
-    steps = Steps(self.model, self.loss_func, tfms, dl.dataset.items, opt.param_groups, opt.state, dl.n, dl.bs, dl.drop_last, sched_mom,
-                  bf16, **self.launch)
-    try: steps.prepare()
+    kwargs = dict(sched_mom=any('mom' in o.scheds for o in _schedulers(self.learn)), bf16=self.bf16, **self.launch)
+    try:
+        if self.signature != _signature(self.learn, **kwargs):
+            # the graph of a batch that was cut short would keep a capture from working
+            self.learn.pred = self.learn.loss = self.learn.loss_grad = None
+            tfms = [as_function(o) for o in dl.after_batch.fs if o.split_idx in (None, dl.split_idx)]
+            self.steps = Steps(self.model, self.loss_func, tfms, dl.dataset.items, opt.param_groups, opt.state, dl.n, dl.bs, dl.drop_last, **kwargs)
+            with held_signals(signal.SIGINT): self.steps.prepare()
+            self.signature = _signature(self.learn, **kwargs)
+        self.table = epoch_schedule(self.learn, self.steps.n_steps)
     except Exception as e: self.why = f'{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}'
-    else: self.steps,self.signature,self.engine = steps,signature,steps.engine
 
 @patch
 def _go_plain(self:FastEpoch):
     "Leave this epoch to fastai, and say why, once a fit"
-    self.engine,self.steps,self.signature = 'plain',None,None
-    if not self.said and self.why not in ('fast=False', 'the fit is short') and self.learn.logger is not noop:
-        bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
-        (bar.write if bar else self.learn.logger)(f"Taking fastai's own training loop: {self.why}")
-        self.said = True
+    self._drop()
+    self.engine,logger = 'plain',self.learn.logger
+    while hasattr(owner := getattr(logger, '__self__', None), 'old_logger'): logger = owner.old_logger
+    if self.said or self.why in ('fast=False', 'the fit is short') or logger is noop: return
+    mbar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
+    (mbar.write if mbar else logger)(f"Taking fastai's own training loop: {self.why}")
+    self.said = True
 
-# %% ../nbs/03_fast.ipynb #80f42747
-def _mean_of_items(met, loss_func):
-    "Whether `met` on a whole set is what fastai has from its batches, and not a mean of batches that are no means of items"
-    if isinstance(met, AvgLoss): return getattr(loss_func.func, 'weight', None) is None
-    return isinstance(met, AccumMetric) or met.func in (accuracy, error_rate)
-
+# %% ../nbs/03_fast.ipynb #82dd0d90
 @patch
 def _run(self:FastEpoch):
     "Take all steps of an epoch"
-    st,pbar,told = self.steps,getattr(getattr(self.learn, 'progress', None), 'pbar', None),time.perf_counter()
-    self.n_told,self.learn.n_iter,n = 0,st.n_steps,0
+    st,dl,pbar = self.steps,self.dls.train,getattr(getattr(self.learn, 'progress', None), 'pbar', None)
+    dl.randomize()
+    st.start(dl.get_idxs(), self.table['lr'], self.table['mom'])
+    self.n_told,self.learn.n_iter,n,shown = 0,st.n_steps,0,time.perf_counter()
     try:
         with held_signals(signal.SIGINT) as let:
             while n < st.n_steps:
                 st(n)
                 n += 1
                 let()
-                if pbar is None or time.perf_counter() - told < 0.1: continue
+                if pbar is None or time.perf_counter() - shown < self.bar_seconds: continue
                 self._tell(n)
                 pbar.update(n)
-                pbar.comment,told = f'{self.smooth_loss.item():.4f}',time.perf_counter()
-    finally: self._tell(n)
-    n_right = int(st.n_right)
+                pbar.comment,shown = f'{self.smooth_loss.item():.4f}',time.perf_counter()
+        self._tell(n)
+    except BaseException:
+        self._tell(n)
+        self._drop()
+        raise
+    n_seen = st.counts*(st.n_full*dl.bs + (st.n_steps > st.n_full)*len(st.tail))
     for cb in self.learn.cbs.sorted('order'):
-        if hasattr(type(cb), 'after_fast_train'): cb.after_fast_train(n_right, st.n_steps*self.dls.train.bs if self.dls.train.drop_last else self.dls.train.n)
+        if hasattr(type(cb), 'after_fast_train'): cb.after_fast_train(int(st.n_right), n_seen)
 
+# %% ../nbs/03_fast.ipynb #173e17e0
 @patch
 def _tell(self:FastEpoch, n):
-    "Hand over what the epoch's steps up to `n` have left that is not handed over yet"
-    rec,new = self.recorder,slice(self.n_told, n)
-    losses,smooth,val = self.steps.losses[new].tolist(),[],float(rec.smooth_loss.val)
+    "Hand over what the steps up to `n` have left that is not handed over yet"
+    new,learn = slice(self.n_told, n),self.learn
+    losses = self.steps.losses[new].tolist()
     if not losses: return
-    for o in losses:
-        val = o + rec.smooth_loss.beta*(val-o)
-        rec.smooth_loss.count += 1
-        smooth.append(val/(1 - rec.smooth_loss.beta**rec.smooth_loss.count))
-    rec.smooth_loss.val = torch.tensor(val)
-    rec.losses += torch.tensor(smooth).unbind()
-    rec.lrs += self.table['lr'][new,-1].tolist()
-    for cb in self.learn.cbs:
-        if type(cb) is ParamScheduler:
-            for k in cb.scheds: cb.hps[k] += self.table[k][new,-1].tolist()
+    self._tell_losses(losses)
+    self.recorder.lrs += self.table['lr'][new,-1].tolist()
+    for cb in _schedulers(learn):
+        for k in cb.scheds: cb.hps[k] += self.table[k][new,-1].tolist()
     for k,v in self.table.items(): self.opt.set_hyper(k, v[n-1].tolist())
-    self.learn.loss,self.learn.smooth_loss,self.learn.iter = torch.tensor(losses[-1]),rec.losses[-1],n-1
-    self.learn.train_iter += len(losses)
-    self.learn.pct_train += len(losses)/(self.steps.n_steps*self.n_epoch)
+    learn.loss,learn.smooth_loss,learn.iter = torch.tensor(losses[-1]),self.recorder.losses[-1],n-1
+    learn.train_iter += len(losses)
+    learn.pct_train += len(losses)/(self.steps.n_steps*self.n_epoch)
     self.n_told = n
+
+@patch
+def _tell_losses(self:FastEpoch, losses):
+    "Smooth `losses` as fastai's `AvgSmoothLoss` does"
+    met,smooth = self.recorder.smooth_loss,[]
+    val = float(met.val)
+    for o in losses:
+        val = o + met.beta*(val-o)
+        met.count += 1
+        smooth.append(val/(1 - met.beta**met.count))
+    met.val = torch.tensor(val)
+    self.recorder.losses += torch.tensor(smooth).unbind()
+
+# %% ../nbs/03_fast.ipynb #69bf055a
+def _mean_of_items(met, loss_func):
+    "Whether `met` on a whole set is the mean that fastai makes of its batches"
+    func = loss_func.func
+    if isinstance(met, AvgLoss): return type(func) in (nn.NLLLoss, nn.CrossEntropyLoss) and func.weight is None
+    return isinstance(met, AccumMetric) or met.func in (accuracy, error_rate)
 
 @patch
 def _evaluate(self:FastEpoch, dl):
     "All predictions on `dl`, and the metrics on them"
     dl.before_iter()
-    learn,bf16 = self.learn,hasattr(self.learn, 'mixed_precision')
-    idxs,out = torch.as_tensor(dl.get_idxs(), device=dl.device),[]
-    for i in idxs.split(max(dl.bs, 2500) if dl.device.type == 'cuda' else dl.bs):
+    learn,bf16,dev,out = self.learn,self.bf16,dl.dataset.items.device,[]
+    idxs = torch.as_tensor(dl.get_idxs(), device=dev)[:len(dl)*dl.bs if dl.drop_last else None]
+    for i in idxs.split(max(dl.bs, 2500) if dev.type == 'cuda' else dl.bs):
         x,y = (o.as_subclass(torch.Tensor) for o in dl.after_batch(dl.take(i)))
-        with torch.autocast(dl.device.type, torch.bfloat16, enabled=bf16): out.append((learn.model(x).float() if bf16 else learn.model(x), y))
-    pred,y = map(torch.cat, zip(*out))
-    learn.xb,learn.n_iter,learn.iter = (x,),len(out),len(out)-1
+        with torch.autocast(dev.type, torch.bfloat16, enabled=bf16): pred = learn.model(x)
+        out.append((pred.float() if bf16 else pred, y))
+    learn.xb,learn.n_iter,learn.iter = (x,),len(dl),len(dl)-1
+    pred,targ = map(torch.cat, zip(*out))
     for met in self.recorder._valid_mets:
-        whole = _mean_of_items(met, learn.loss_func)
-        for learn.pred,targ in [(pred, y)] if whole else zip(pred.split(dl.bs), y.split(dl.bs)):
-            learn.yb,learn.loss = (targ,),learn.loss_func(learn.pred, targ)
+        size = len(targ) if _mean_of_items(met, learn.loss_func) else dl.bs
+        for p,t in zip(pred.split(size), targ.split(size)):
+            learn.pred,learn.yb,learn.loss = p,(t,),learn.loss_func(p, t)
             met.accumulate(learn)

@@ -111,7 +111,7 @@ class EpochLines(Callback):
             f'epoch {o["epoch"]:2}/{self.n_epoch}  train loss {o["train_loss"]:.4f}  {self.evaluated_on} loss {o["valid_loss"]:.4f}  '
             f'{o["correct"]:,}/{o["total"]:,}  {100*o["valid_accuracy"]:.2f} %  {o["seconds"]:.1f} s')
 
-# %% ../nbs/05_run.ipynb #a1809ce6
+# %% ../nbs/05_run.ipynb #fdde5089
 def train_run(
     epochs:int=15, # Epochs to train
     bs:int=64, # Training images a step
@@ -122,6 +122,8 @@ def train_run(
     source:str=None, # Folder of IDX files or of images; `None`: the bundled MNIST
     device:str=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; `None`: the GPU if there is one
     n_train:int=None, # Keep only the first `n_train` training images
+    bf16:bool=False, # Compute in bfloat16 where PyTorch's autocast does
+    fast:bool=True, # Let `FastEpoch` run the epochs where it can
     out:str=None, # Run folder; `None`: `runs/` and the time
     bar:bool=False, # Show a progress bar
 ) -> tuple[Learner,Path]: # The trained learner, and its run folder
@@ -130,13 +132,15 @@ def train_run(
     _check_count(epochs=epochs)
     if not 0 <= seed < 2**32: raise ValueError(f'seed={seed}: seed is a whole number from 0 to {2**32-1}')
     set_seed(seed)
-    learn = block3_learner(mnist_dls(source, bs=bs, valid=valid, device=device, n_train=n_train), lr=lr, mom=mom)
+    learn = block3_learner(mnist_dls(source, bs=bs, valid=valid, device=device, n_train=n_train), lr=lr, mom=mom, fast=fast)
+    if bf16: learn.to_bf16()
     folder = new_run_dir(out)
     began = datetime.now(timezone.utc)
     try:
         with nullcontext() if bar else learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=EpochLines(valid))
         seconds = (datetime.now(timezone.utc) - began).total_seconds()
-        save_run(learn, folder, valid, settings=settings, began=began.isoformat(timespec='seconds'), seconds=seconds)
+        save_run(learn, folder, valid, settings=settings, began=began.isoformat(timespec='seconds'), seconds=seconds,
+                 engine=learn.fast_epoch.engine, why=learn.fast_epoch.why)
     except BaseException:
         if not any(folder.iterdir()): folder.rmdir()
         raise

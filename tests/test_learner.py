@@ -210,14 +210,3 @@ def test_interpretation_and_show_results(trained):
 @pytest.mark.parametrize('kwargs', [dict(lr=0), dict(lr=-1), dict(lr=slice(0.1, -1)), dict(lr=float('inf')), dict(lr='a'), dict(lr=[0.1, 0.2]), dict(gamma=0), dict(mom=1), dict(mom=-0.1), dict(step_size=0), dict(step_size=1.5)])
 def test_bad_settings(small_dls, kwargs):
     with pytest.raises(ValueError, match=f'^{next(iter(kwargs))}='): block3_learner(small_dls, **kwargs)
-
-
-@pytest.mark.cuda
-def test_trains_on_a_gpu():
-    dls = mnist_dls(n_train=6400)
-    assert dls.device.type == 'cuda'
-    learn = quiet(block3_learner(dls))
-    learn.fit(2)
-    assert next(learn.model.parameters()).is_cuda and dls.train_ds.items.images.is_cuda
-    assert history(learn).valid_accuracy.iloc[-1] > 0.9
-    assert learn.predict(dls.valid_ds.items[0][0])[0] == '7'

@@ -23,7 +23,8 @@ def test_what_a_run_keeps(tmp_path):
     learn,folder = train_run(**few, out=tmp_path/'run')
     assert {o.name for o in folder.iterdir()} == set(run_files)
     summary,h = json.loads((folder/'summary.json').read_text()),pd.read_csv(folder/'history.csv')
-    assert summary['settings'] == dict(few, bs=64, lr=0.02, mom=0.8, seed=0, source=None)
+    assert summary['settings'] == dict(few, bs=64, lr=0.02, mom=0.8, seed=0, source=None, bf16=False, fast=True)
+    assert (summary['engine'], summary['why']) == ('plain', 'the fit is short')
     assert {'torch', 'torchvision', 'fastai', 'fastcore', 'mnist_block3', 'python'} <= set(summary['versions'])
     assert summary['machine']['device'] == 'cpu' and summary['machine']['threads'] == torch.get_num_threads()
     assert summary['results']['correct']/summary['results']['total'] == pytest.approx(h.valid_accuracy.iloc[-1])
@@ -31,6 +32,13 @@ def test_what_a_run_keeps(tmp_path):
     model = Block3()
     model.load_state_dict(weights(folder))
     for a,b in zip(model.state_dict().values(), learn.model.state_dict().values(), strict=True): assert torch.equal(a, b)
+
+
+def test_precision_and_path_are_settings(tmp_path):
+    a,b = (json.loads((train_run(**few, **o, out=tmp_path/str(o))[1]/'summary.json').read_text()) for o in (dict(bf16=True), dict(fast=False)))
+    assert a['settings']['bf16'] and not b['settings']['bf16']
+    assert (b['settings']['fast'], b['engine'], b['why']) == (False, 'plain', 'fast=False')
+    assert a['results']['loss'] != b['results']['loss']
 
 
 def test_runs_get_folders_of_their_own(tmp_path, monkeypatch):
@@ -88,9 +96,9 @@ def console(*args, cwd):
     return subprocess.run([Path(sys.executable).parent/'block3_train', *args], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize('n_train', ['--n_train', '--n-train'])
-def test_console(tmp_path, n_train):
-    res = console('--epochs', '1', n_train, '640', '--valid', 'reference', cwd=tmp_path)
+@pytest.mark.parametrize('n_train,no_fast', [('--n_train', '--no_fast'), ('--n-train', '--no-fast')])
+def test_console(tmp_path, n_train, no_fast):
+    res = console('--epochs', '1', n_train, '640', '--valid', 'reference', '--bf16', no_fast, cwd=tmp_path)
     assert (res.returncode, res.stderr) == (0, '')
     folder, = (tmp_path/'runs').iterdir()
     assert {o.name for o in folder.iterdir()} == set(run_files)
@@ -99,6 +107,8 @@ def test_console(tmp_path, n_train):
             f'{100*h.valid_accuracy:.2f} %  {h.seconds:.1f} s') in res.stdout.splitlines()
     assert protocols['reference'] in res.stdout and 'test' not in res.stdout
     assert f'are in runs/{folder.name}' in res.stdout
+    settings = json.loads((folder/'summary.json').read_text())['settings']
+    assert (settings['bf16'], settings['fast']) == (True, False)
 
 
 def test_a_run_that_diverged_is_recorded_as_one(tmp_path):
