@@ -2,7 +2,6 @@
 import json, statistics, time
 from argparse import ArgumentParser
 from contextlib import nullcontext
-from itertools import product
 from pathlib import Path
 import torch
 from mnist_block3.all import *
@@ -11,7 +10,7 @@ from mnist_block3.run import run_environment
 from bench import here, start
 
 layouts = {'NCHW': torch.contiguous_format, 'NHWC': torch.channels_last}
-compiled = [dict(compiled=True, layout=o, matmul=m, bf16=b) for b,o,m in product((False, True), layouts, (False, True))]
+compiled = [dict(compiled=True, layout=o, matmul=m, bf16=b) for b in (False, True) for o in layouts for m in (False, True)]
 variants = [dict(compiled=False, layout=o, matmul=False, bf16=False) for o in layouts] + compiled
 
 

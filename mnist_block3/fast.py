@@ -29,7 +29,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.vision.augment import RandTransform
 from .data import DigitDL
 
-# %% ../nbs/03_fast.ipynb #c1262add
+# %% ../nbs/03_fast.ipynb #43e4fb98
 def sgd_step(
     params:list, # Weights, changed in place
     grads:list, # Their gradients
@@ -41,8 +41,8 @@ def sgd_step(
 ):
     "The step of `torch.optim.SGD`"
     if not isinstance(mom, torch.Tensor):
-        return sgd(params, grads, bufs, has_sparse_grad=False, foreach=False, fused=True, weight_decay=wd, momentum=mom, lr=lr,
-                   dampening=0., nesterov=nesterov, maximize=False)
+        return sgd(params, grads, bufs, has_sparse_grad=False, foreach=False, fused=True, maximize=False,
+                   weight_decay=wd, momentum=mom, lr=lr, dampening=0., nesterov=nesterov)
     if wd: grads = torch._foreach_add(grads, params, alpha=wd)
     torch._foreach_mul_(bufs, mom)
     torch._foreach_add_(bufs, grads)
@@ -70,7 +70,7 @@ def as_function(
     skips_some = getattr(tfm, 'p', 1) < 1 and type(tfm).before_call is RandTransform.before_call
     return tfm.augment if 'augment' in vars(owner) and not skips_some else None
 
-# %% ../nbs/03_fast.ipynb #5a55ac78
+# %% ../nbs/03_fast.ipynb #7cda393a
 def batch_pred(
     model:nn.Module, # In training mode
     tfms:list, # From `as_function`
@@ -83,7 +83,8 @@ def batch_pred(
     x = images[idxs][:,None]
     for f in tfms: x = f(x)
     if restate: x = x.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16), PointwiseAsMatmul() if restate else nullcontext(): pred = model(x)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16), PointwiseAsMatmul() if restate else nullcontext():
+        pred = model(x)
     return pred.float() if bf16 else pred
 
 # %% ../nbs/03_fast.ipynb #4b2b57b0
@@ -234,9 +235,10 @@ def _capture(self:Steps, full, pool, stream):
     with torch.cuda.graph(graph, pool=pool, stream=stream): self.step(full)
     return graph
 
-# %% ../nbs/03_fast.ipynb #a08b839a
-_batch_events = ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step',
-                 'after_cancel_step', 'after_step', 'after_cancel_batch', 'after_batch', 'after_cancel_train', 'after_cancel_validate')
+# %% ../nbs/03_fast.ipynb #e790786d
+_batch_events = ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward',
+                 'before_step', 'after_cancel_step', 'after_step', 'after_cancel_batch', 'after_batch', 'after_cancel_train',
+                 'after_cancel_validate')
 _known_cbs = TrainEvalCallback,Recorder,ProgressCallback,CastToTensor
 
 def _listens(cb, *events): return next((e for e in events if hasattr(type(cb), e) or e in vars(cb)), None)
@@ -247,13 +249,15 @@ def _why_not_cb(cb, mine):
     if type(cb) is MixedPrecision and AMPMode(cb.amp_mode) == AMPMode.BF16: return
     if type(cb) is ParamScheduler and set(cb.scheds) <= {'lr','mom'}: return
     if e := _listens(cb, *_batch_events): return f'{cb} listens to {e}'
-    if cb.order >= mine.order and (e := _listens(cb, 'before_train', 'before_validate')): return f'{cb} has {e} after the fast path'
+    if cb.order >= mine.order and (e := _listens(cb, 'before_train', 'before_validate')):
+        return f'{cb} has {e} after the fast path'
 
-# %% ../nbs/03_fast.ipynb #f87c4075
+# %% ../nbs/03_fast.ipynb #2718a08e
 def _why_not_model(model):
     "Why `model` needs fastai's loop, or `None`"
     hooks = '_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks'
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return f'{type(model).__name__} spreads the model'
+    spread = nn.DataParallel,nn.parallel.DistributedDataParallel
+    if isinstance(model, spread): return f'{type(model).__name__} spreads the model'
     if any(getattr(m, o) for m in model.modules() for o in hooks): return 'the model has hooks'
     if any(p._backward_hooks or getattr(p, '_post_accumulate_grad_hooks', None) for p in model.parameters()):
         return 'a parameter has hooks'
@@ -265,12 +269,15 @@ def _why_not_dl(dl):
     own = (set(dl._methods) - {'after_item','before_batch','after_batch'}) & set(vars(dl))
     if own: return f'the loader has a {", ".join(sorted(own))} of its own'
     if not len(dl): return 'there are no batches'
-    if bad := next((o for o in dl.after_batch.fs if as_function(o) is None), None): return f'{type(bad).__name__} has no method augment'
+    if bad := next((o for o in dl.after_batch.fs if as_function(o) is None), None):
+        return f'{type(bad).__name__} has no method augment'
 
 def _why_not_opt(opt):
     "Why `opt` needs fastai's loop, or `None`"
-    if type(opt) is not OptimWrapper or type(opt.opt) is not torch.optim.SGD: return f'{type(getattr(opt, "opt", opt)).__name__} is not torch.optim.SGD'
-    if bad := next((o for o in ('dampening', 'maximize', 'differentiable') for g in opt.opt.param_groups if g[o]), None): return f'SGD has {bad}'
+    if type(opt) is not OptimWrapper or type(opt.opt) is not torch.optim.SGD:
+        return f'{type(getattr(opt, "opt", opt)).__name__} is not torch.optim.SGD'
+    unknown = [o for o in ('dampening', 'maximize', 'differentiable') if any(g[o] for g in opt.opt.param_groups)]
+    if unknown: return f'SGD has {", ".join(unknown)}'
     if opt.opt._optimizer_step_pre_hooks or opt.opt._optimizer_step_post_hooks: return 'the optimizer has hooks'
 
 def _why_not_metrics(rec):
@@ -279,7 +286,7 @@ def _why_not_metrics(rec):
     if bad := next((o for o in rec.metrics if type(o) not in (AvgMetric, AccumMetric)), None):
         return f'{type(bad).__name__} is neither AvgMetric nor AccumMetric'
 
-# %% ../nbs/03_fast.ipynb #efbd63b4
+# %% ../nbs/03_fast.ipynb #113256f7
 def why_plain(
     learn:Learner, # In a fit
     mine:Callback, # Its `FastEpoch`
@@ -290,11 +297,13 @@ def why_plain(
     here,loss = next(learn.model.parameters()).device,learn.loss_func
     there = torch.empty(0, device=learn.dls.device).device
     if here.type not in ('cpu', 'cuda') or here != there: return f'the model is on {here}, the data on {there}'
-    if not isinstance(loss, BaseLoss) or getattr(loss, 'reduction', 'mean') != 'mean': return f'{loss} is not a BaseLoss with the mean of a batch'
+    if not isinstance(loss, BaseLoss) or getattr(loss, 'reduction', 'mean') != 'mean':
+        return f'{loss} is not a BaseLoss with the mean of a batch'
     cbs = (_why_not_cb(o, mine) for o in learn.cbs)
-    return next(filter(None, cbs), None) or _why_not_model(learn.model) or _why_not_opt(learn.opt) or _why_not_metrics(learn.recorder)
+    why = next(filter(None, cbs), None) or _why_not_model(learn.model) or _why_not_opt(learn.opt)
+    return why or _why_not_metrics(learn.recorder)
 
-# %% ../nbs/03_fast.ipynb #54b44318
+# %% ../nbs/03_fast.ipynb #8570649a
 def _settings(o):
     "The plain values among the attributes of `o`, and where its tensors lie"
     plain = tuple((k,v) for k,v in sorted(vars(o).items()) if isinstance(v, (bool,int,float,str,tuple,type(None))))
@@ -306,11 +315,12 @@ def _signature(learn, **kwargs):
     skip = {'params', 'lr', 'initial_lr'} | ({'momentum'} if kwargs['sched_mom'] else set())
     tensors = [*learn.model.parameters(), *learn.model.buffers(), *getattr(loss.func, 'buffers', list)()]
     bufs = [opt.state.get(p, {}).get('momentum_buffer') for g in opt.param_groups for p in g['params']]
-    return (kwargs, dl.bs, dl.n, dl.drop_last, [_settings(o) for o in (dl.dataset.items, loss, loss.func, *learn.model.modules(), *dl.after_batch.fs)],
-            [(o.data_ptr(), o.stride(), o.requires_grad) for o in tensors], [b is not None and b.data_ptr() for b in bufs],
+    parts = dl.dataset.items,loss,loss.func,*learn.model.modules(),*dl.after_batch.fs
+    return (kwargs, dl.bs, dl.n, dl.drop_last, [_settings(o) for o in parts], [b is not None and b.data_ptr() for b in bufs],
+            [(o.data_ptr(), o.stride(), o.requires_grad) for o in tensors],
             [[(k,v) for k,v in g.items() if k not in skip] + [id(p) for p in g['params']] for g in opt.param_groups])
 
-# %% ../nbs/03_fast.ipynb #76c874f2
+# %% ../nbs/03_fast.ipynb #1607c5bc
 def _schedulers(learn): return [o for o in learn.cbs.sorted('order') if type(o) is ParamScheduler and o.run]
 
 def epoch_schedule(
@@ -322,7 +332,8 @@ def epoch_schedule(
     table = {k: np.tile([float(h[k]) for h in hypers], (n_steps,1)) for k in ('lr','mom')}
     pcts = np.cumsum([learn.epoch/learn.n_epoch] + [1./(n_steps*learn.n_epoch)]*(n_steps-1))
     for cb in _schedulers(learn):
-        for k,f in cb.scheds.items(): table[k] = np.stack([np.broadcast_to(np.asarray(f(o), float), len(hypers)) for o in pcts])
+        for k,f in cb.scheds.items():
+            table[k] = np.stack([np.broadcast_to(np.asarray(f(o), float), len(hypers)) for o in pcts])
     return table
 
 # %% ../nbs/03_fast.ipynb #0d11a009
@@ -401,7 +412,7 @@ class FastEpoch(Callback):
         mp = getattr(self.learn, 'mixed_precision', None)
         return mp is not None and mp.run and AMPMode(mp.amp_mode) == AMPMode.BF16
 
-# %% ../nbs/03_fast.ipynb #f12d7f77
+# %% ../nbs/03_fast.ipynb #187e47dd
 @patch
 def _why(self:FastEpoch):
     "Why this epoch takes fastai's loop, or `None`"
@@ -425,7 +436,8 @@ def _build(self:FastEpoch):
             # the graph of a batch that was cut short would keep a capture from working
             self.learn.pred = self.learn.loss = self.learn.loss_grad = None
             tfms = [as_function(o) for o in dl.after_batch.fs if o.split_idx in (None, dl.split_idx)]
-            self.steps = Steps(self.model, self.loss_func, tfms, dl.dataset.items, opt.param_groups, opt.state, dl.n, dl.bs, dl.drop_last, **kwargs)
+            self.steps = Steps(self.model, self.loss_func, tfms, dl.dataset.items, opt.param_groups, opt.state,
+                               dl.n, dl.bs, dl.drop_last, **kwargs)
             with held_signals(signal.SIGINT): self.steps.prepare()
             self.signature = _signature(self.learn, **kwargs)
         self.table = epoch_schedule(self.learn, self.steps.n_steps)
