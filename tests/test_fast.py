@@ -265,8 +265,16 @@ class Boom(Callback):
     def after_epoch(self): raise ValueError('boom')
 
 
+@pytest.fixture
+def listening_to_ctrl_c():
+    "A shell has jobs in the background ignore it"
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
 @pytest.mark.parametrize('at', [1, 3, 4, 6])
-def test_ctrl_c_ends_at_a_step(device, monkeypatch, at):
+def test_ctrl_c_ends_at_a_step(device, monkeypatch, at, listening_to_ctrl_c):
     "What is left is what so many steps leave, and the next fit is as good as any"
     take,taken = Steps.__call__,[]
     def interrupted(self, i):
