@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['block3_train', 'respell']
 
-# %% ../nbs/06_cli.ipynb #f0ccd749
+# %% ../nbs/06_cli.ipynb #fe49af63
 import warnings
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
+warnings.filterwarnings('ignore', '.*CUDA is not available.*Disabling')
 
 # %% ../nbs/06_cli.ipynb #10384317
 import argparse, re, sys
