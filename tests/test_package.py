@@ -1,5 +1,5 @@
 "Metadata in one place, a README in step with its notebook, and packages that carry MNIST"
-import shutil, subprocess, sys, tarfile, tomllib, zipfile
+import re, shutil, subprocess, sys, tarfile, tomllib, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -40,6 +40,14 @@ def test_readme_is_the_index_notebook(monkeypatch):
     monkeypatch.syspath_prepend(root/'tools')
     import readme
     for name,data in readme.files().items(): assert (root/name).read_bytes() == data, f'{name}: run `make readme`'
+
+
+def test_every_notebook_is_in_the_sidebar():
+    "In reading order"
+    listed = re.findall(r'- (\S+\.ipynb)', (root/'nbs'/'_quarto.yml').read_text(encoding='utf-8'))
+    names = sorted(str(o.relative_to(root/'nbs')) for o in (root/'nbs').rglob('*.ipynb') if not o.name.startswith('.'))
+    assert sorted(listed) == names
+    assert [o for o in listed if o[0].isdigit()] == [o for o in names if o[0].isdigit()]
 
 
 def test_no_dead_addresses(ini):
