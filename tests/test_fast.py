@@ -16,7 +16,7 @@ from mnist_block3.all import (block3_learner, Block3, Callback, CrossEntropyLoss
                               load_learner, MixUp, mnist_dls, NLLLossFlat, noop, OptimWrapper, ParamScheduler, ProgressCallback, Recorder,
                               ReduceLROnPlateau, RandTransform, SaveModelCallback, SchedCos, SchedLin, set_seed, SkipToEpoch,
                               StepDecay, TensorImage, TerminateOnNaNCallback, accuracy, error_rate)
-from mnist_block3.fast import FastEpoch, Steps
+from mnist_block3.fast import FastEpoch, held_signals, Steps
 
 
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
@@ -271,6 +271,18 @@ def listening_to_ctrl_c():
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, old)
+
+
+def test_signals_are_held_until_they_are_let_through(listening_to_ctrl_c):
+    done = []
+    with pytest.raises(KeyboardInterrupt), held_signals(signal.SIGINT) as let:
+        for i in range(3):
+            done.append(f'{i} begun')
+            if i == 1: signal.raise_signal(signal.SIGINT)
+            done.append(f'{i} done')
+            let()
+    assert done == ['0 begun', '0 done', '1 begun', '1 done']
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize('at', [1, 3, 4, 6])
