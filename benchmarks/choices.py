@@ -1,4 +1,4 @@
-"""What was chosen for the compiled step of a CPU, beside what was not: milliseconds a step, taken in turn in one process."""
+"""What was chosen for the compiled step of a CPU, beside what was not: milliseconds a step, in turn in one process."""
 import json, statistics, time
 from argparse import ArgumentParser
 from contextlib import nullcontext
@@ -10,7 +10,8 @@ from mnist_block3.run import run_environment
 from bench import here, start
 
 layouts = {'NCHW': torch.contiguous_format, 'NHWC': torch.channels_last}
-compiled = [dict(compiled=True, layout=o, matmul=m, bf16=b) for b in (False, True) for o in layouts for m in (False, True)]
+compiled = [dict(compiled=True, layout=o, matmul=m, bf16=b)
+            for b in (False, True) for o in layouts for m in (False, True)]
 variants = [dict(compiled=False, layout=o, matmul=False, bf16=False) for o in layouts] + compiled
 
 
@@ -25,7 +26,8 @@ def make_steps(compiled, layout, matmul, bf16, n_steps, bs=64):
         x = images[idxs][:,None]
         for f in tfms: x = f(x)
         x = x.contiguous(memory_format=layouts[layout])
-        with torch.autocast('cpu', torch.bfloat16, enabled=bf16), PointwiseAsMatmul() if matmul else nullcontext(): return model(x).float()
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16), PointwiseAsMatmul() if matmul else nullcontext():
+            return model(x).float()
     steps = Steps(model, learn.loss_func, tfms, dl.dataset.items, opt.param_groups, opt.state, n_steps*bs, bs)
     steps.full_pred = torch.compile(pred, dynamic=False) if compiled else pred
     steps.start(range(n_steps*bs), [[0.02]]*n_steps, [[0.8]]*n_steps)
