@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['mnist_path', 'mnist_sha256', 'protocols', 'n_holdout', 'mean_std', 'read_idx', 'Digits', 'load_digits', 'get_digits',
-           'DigitImage', 'DigitDL', 'CropRotate', 'pixel_coords', 'mnist_block', 'get_device', 'mnist_dls']
+           'DigitImage', 'DigitDL', 'CropRotate', 'pixel_coords', 'affine_coords', 'bend', 'Distort', 'mnist_block',
+           'get_device', 'mnist_dls']
 
 # %% ../nbs/00_data.ipynb #87a3d7e1
 import gzip, hashlib, math, struct
@@ -255,6 +256,54 @@ def pixel_coords(
     "Round sampling coordinates to pixel centres, which is what nearest neighbour does"
     to_pixel = lambda c,n: (2*torch.round(((c+1)*n - 1)/2) + 1)/n - 1
     return torch.stack([to_pixel(coords[...,0], coords.shape[2]), to_pixel(coords[...,1], coords.shape[1])], dim=-1)
+
+# %% ../nbs/00_data.ipynb #9b4e9164
+def affine_coords(
+    x:torch.Tensor, # Square images, (B, C, H, H)
+    deg:torch.Tensor, # Angle of each in degrees, clockwise, (B,)
+    right:torch.Tensor, # Shift to the right in pixels, (B,)
+    down:torch.Tensor, # Shift down in pixels, (B,)
+    scale:torch.Tensor, # Size in relation to the original, (B,)
+) -> torch.Tensor: # Coordinates in [-1, 1] for `F.grid_sample`, (B, H, H, 2)
+    "Where to sample images so that they are rotated and scaled about their centre, then shifted"
+    cos,sin = torch.cos(deg*math.pi/180)/scale,torch.sin(deg*math.pi/180)/scale
+    right,down = 2*right/x.shape[-1],2*down/x.shape[-1]
+    mat = torch.stack([cos, sin, -cos*right - sin*down, -sin, cos, sin*right - cos*down], dim=1).view(-1, 2, 3)
+    return F.affine_grid(mat, x.shape, align_corners=False)
+
+# %% ../nbs/00_data.ipynb #2106d7cd
+def bend(
+    arrows:torch.Tensor, # Shifts in pixels, right and down, on a coarse grid, (B, 2, G, G)
+    size:int=28, # Height and width of the images
+) -> torch.Tensor: # To add to sampling coordinates, (B, H, H, 2)
+    "A smooth field of shifts"
+    return F.interpolate(arrows*2/size, size=(size,size), mode='bicubic', align_corners=True).permute(0, 2, 3, 1)
+
+# %% ../nbs/00_data.ipynb #09a1ac7c
+class Distort(RandTransform):
+    "Rotate, shift, scale and bend each image by amounts of its own; training only"
+    order = 30
+    def __init__(self,
+        max_deg:float=8., # Largest angle in degrees, uniform in both directions
+        max_shift:float=1.5, # Largest shift in pixels, across and down, uniform
+        max_scale:float=0.08, # Largest change of size, as a share of it, uniform
+        elastic:float=0.5, # Standard deviation of the bending arrows in pixels, normal
+        n_arrows:int=4, # Bending arrows along each side
+    ):
+        super().__init__(p=1.)
+        store_attr()
+
+    def before_call(self, b, split_idx): "Each image draws for itself"
+
+    def augment(self, x):
+        "Transform images (B, C, H, H) in [0, 1]; nothing but tensor operations, so that it can be compiled and captured"
+        limits = self.max_deg,self.max_shift,self.max_shift,self.max_scale
+        deg,right,down,change = (x.new_empty(len(x)).uniform_(-o, o) for o in limits)
+        coords = affine_coords(x, deg, right, down, 1 + change)
+        if self.elastic: coords = coords + bend(self.elastic*x.new_empty(len(x), 2, self.n_arrows, self.n_arrows).normal_(), x.shape[-1])
+        return F.grid_sample(x, coords, mode='bilinear', padding_mode='zeros', align_corners=False)
+
+    def encodes(self, x:TensorImage): return self.augment(x.as_subclass(torch.Tensor))
 
 # %% ../nbs/00_data.ipynb #80ac4aa1
 mean_std = 0.1307,0.3081
