@@ -46,7 +46,7 @@ def block3_train(
     print(f'\n{block_report(history(learn), measured=protocols[valid])}')
     print(f'\n{", ".join(run_files)} are in {folder}')
 
-# %% ../nbs/07_cli.ipynb #37181f34
+# %% ../nbs/07_cli.ipynb #b9367a54
 def parse_seeds(
     text:str, # Numbers and ranges, `0-9,20`
 ) -> list: # Whole numbers
@@ -56,24 +56,23 @@ def parse_seeds(
     return [i for o in parts for i in range(o[0], o[-1]+1)]
 
 def parse_settings(
-    text:str, # `NAME=VALUE,VALUE NAME=VALUE`
+    text:str, # `NAME=VALUE,VALUE NAME=VALUE; NAME=VALUE`
     recipes:list, # Recipes that have these settings
-) -> dict: # Lists of values, by name
+) -> list: # For `sweep_grid`: between semicolons, lists of values by name
     "Read settings; each value has the type that the recipe's own has"
-    parts,res = [o.partition('=') for o in (text or '').split()],{}
-    for name,_,vals in parts:
-        kinds = [type(recipe_settings(o).get(name)) for o in recipes]
-        if type(None) in kinds: recipe_settings(recipes[kinds.index(type(None))], **{name: None})
-        try: res[name] = [json.loads(o.lower()) if kinds[0] is bool else kinds[0](o) for o in vals.split(',')]
-        except ValueError: raise ValueError(f'settings={text!r}: the values of {name} are of type {kinds[0].__name__}') from None
-    return res
+    def value(name, v):
+        own = [recipe_settings(o, **({} if name in recipe_settings(o) else {name: v}))[name] for o in recipes][0]
+        try: return json.loads(v.lower()) if isinstance(own, bool) else type(own)(v)
+        except ValueError: raise ValueError(f'settings={text!r}: {name} is of type {type(own).__name__}, and not {v!r}') from None
+    grids = [[o.partition('=') for o in part.split()] for part in (text or '').split(';')]
+    return [{name: [value(name, v) for v in vals.split(',')] for name,_,vals in grid} for grid in grids]
 
-# %% ../nbs/07_cli.ipynb #667489f0
+# %% ../nbs/07_cli.ipynb #ed7a82da
 @call_parse
 def block3_sweep(
     recipes:str='reference', # Recipes: reference, tuned, or both with a comma
     seeds:str='0-4', # Seeds: numbers and ranges, as in 0-9,20
-    settings:str=None, # Settings to try in all combinations, as in "lr=0.01,0.02 mom=0.9,0.8"
+    settings:str=None, # Settings to try in all combinations, as in "lr=0.01,0.02 mom=0.9,0.8"; a semicolon begins anew
     epochs:int=None, # Epochs to train; each recipe's own if not given
     valid:str='test', # Evaluation protocol: test, holdout or reference
     bs:int=64, # Training images a step

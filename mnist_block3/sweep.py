@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sweep_grid', 'run_name', 'run_label', 'run_alone', 'Study', 'add_run', 'sweep']
 
-# %% ../nbs/06_sweep.ipynb #4f992f9f
+# %% ../nbs/06_sweep.ipynb #9f23fc90
 import fcntl, hashlib, io, itertools, json, os, subprocess, sys, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -13,26 +13,25 @@ from datetime import datetime, timezone
 from numbers import Number
 from pathlib import Path
 import pandas as pd
-import torch
 from .data import _check_choice, _check_count, get_device, protocols
 from .evaluate import mistakes
 from .run import recipe_epochs, recipe_settings, train_run, write_whole
 
-# %% ../nbs/06_sweep.ipynb #eddeda05
+# %% ../nbs/06_sweep.ipynb #1005eff8
 def sweep_grid(
     recipes=('reference',), # Names of recipes
     seeds=range(5), # Seeds
-    settings:dict=None, # Values to try, by the name of a setting: `{'lr': [0.01, 0.02]}`
+    settings:dict|list=None, # Values to try, by the name of a setting: `{'lr': [0.01, 0.02]}`; or a list of such
     epochs:int=None, # Epochs to train; `None`: each recipe's own
     valid:str='test', # Evaluation protocol: 'test', 'holdout' or 'reference'
     **kwargs # More for `train_run`, the same in all runs
 ) -> list[dict]: # Arguments of `train_run`, seed by seed
     "All combinations of seeds, recipes and settings"
     _check_choice('valid', valid, protocols)
-    names,values = list(settings or {}),list((settings or {}).values())
-    return [dict(recipe=recipe, seed=seed, epochs=epochs or recipe_epochs[recipe], valid=valid, **kwargs,
-                 **recipe_settings(recipe, **dict(zip(names, vals))))
-            for seed in seeds for recipe in recipes for vals in itertools.product(*values)]
+    grids = settings if isinstance(settings, list) else [settings or {}]
+    chosen = [dict(zip(grid, o)) for grid in grids for o in itertools.product(*grid.values())]
+    return [dict(recipe=recipe, seed=seed, epochs=epochs or recipe_epochs[recipe], valid=valid, **kwargs, **recipe_settings(recipe, **o))
+            for seed in seeds for recipe in recipes for o in chosen]
 
 # %% ../nbs/06_sweep.ipynb #2701a6bb
 def _plain(v):
