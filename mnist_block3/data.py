@@ -131,14 +131,19 @@ def _read_images(folder):
     return Digits(torch.from_numpy(np.stack([_decode(f) for f in files])),
                   torch.tensor([int(f.parent.name) for f in files], dtype=torch.uint8))
 
-# %% ../nbs/00_data.ipynb #449d5b45
+# %% ../nbs/00_data.ipynb #f1741329
+def _check_source(source):
+    "The folder that `source` names"
+    folder = mnist_path if source is None else Path(source).expanduser()
+    if folder.is_dir(): return folder
+    raise FileNotFoundError(f'{folder} is no folder. `source` is a folder of IDX files, or of images in training/ and testing/')
+
+# %% ../nbs/00_data.ipynb #1bd084f3
 def load_digits(
     source:str|Path=None, # Folder of IDX files or of images in `training/` and `testing/`; `None`: the bundled MNIST
 ) -> tuple[Digits,Digits]: # Training and test digits, on the CPU
     "Read all of `source`; raises `FileNotFoundError` for what is missing and `ValueError` for what is damaged"
-    folder = mnist_path if source is None else Path(source).expanduser()
-    if not folder.is_dir(): raise FileNotFoundError(
-        f'{folder} is no folder. `source` is a folder of IDX files, or of images in training/ and testing/')
+    folder = _check_source(source)
     if (folder/'training').is_dir(): return _read_images(folder/'training'), _read_images(folder/'testing')
     idx = next((d for d in (folder, folder/'raw', *sorted(folder.glob('*/raw'))) if any(d.glob('*-idx3-ubyte*'))), folder)
     return _read_split(idx, 'train'), _read_split(idx, 't10k')
@@ -279,7 +284,7 @@ def bend(
     "A smooth field of shifts"
     return F.interpolate(arrows*2/size, size=(size,size), mode='bicubic', align_corners=True).permute(0, 2, 3, 1)
 
-# %% ../nbs/00_data.ipynb #09a1ac7c
+# %% ../nbs/00_data.ipynb #9ebc79b7
 class Distort(RandTransform):
     "Rotate, shift, scale and bend each image by amounts of its own; training only"
     order = 30
@@ -287,8 +292,9 @@ class Distort(RandTransform):
         max_deg:float=8., # Largest angle in degrees, uniform in both directions
         max_shift:float=1.5, # Largest shift in pixels, across and down, uniform
         max_scale:float=0.08, # Largest change of size, as a share of it, uniform
-        elastic:float=0.5, # Standard deviation of the bending arrows in pixels, normal
+        elastic:float=0., # Standard deviation of the bending arrows in pixels, normal; 0: no bending
         n_arrows:int=4, # Bending arrows along each side
+        strength:float=1., # Factor of all amounts
     ):
         super().__init__(p=1.)
         store_attr()
@@ -297,10 +303,12 @@ class Distort(RandTransform):
 
     def augment(self, x):
         "Transform images (B, C, H, H) in [0, 1]; nothing but tensor operations, so that it can be compiled and captured"
-        limits = self.max_deg,self.max_shift,self.max_shift,self.max_scale
+        limits = (self.strength*o for o in (self.max_deg, self.max_shift, self.max_shift, self.max_scale))
         deg,right,down,change = (x.new_empty(len(x)).uniform_(-o, o) for o in limits)
         coords = affine_coords(x, deg, right, down, 1 + change)
-        if self.elastic: coords = coords + bend(self.elastic*x.new_empty(len(x), 2, self.n_arrows, self.n_arrows).normal_(), x.shape[-1])
+        if self.elastic:
+            arrows = x.new_empty(len(x), 2, self.n_arrows, self.n_arrows).normal_(std=self.strength*self.elastic)
+            coords = coords + bend(arrows, x.shape[-1])
         return F.grid_sample(x, coords, mode='bilinear', padding_mode='zeros', align_corners=False)
 
     def encodes(self, x:TensorImage): return self.augment(x.as_subclass(torch.Tensor))

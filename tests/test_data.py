@@ -1,12 +1,12 @@
 "Digits against torchvision's reader; what a loader owes to fastai; what damaged input gets"
 import gzip, struct
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image
 from scipy.stats import binomtest, kstest
 from torchvision.datasets import MNIST
 from torchvision.transforms import v2
 from mnist_block3 import data
-from mnist_block3.all import CropRotate, load_digits, mnist_block, mnist_dls, PILImageBW, TensorImageBW
+from mnist_block3.all import affine_coords, bend, CropRotate, Distort, load_digits, mnist_block, mnist_dls, PILImageBW, TensorImageBW
 from mnist_block3.data import mnist_path, mnist_sha256
 
 NAMES = [o.removesuffix('.gz') for o in mnist_sha256]
@@ -110,6 +110,39 @@ def test_augmentation_draws_as_the_original_does():
     assert abs(torch.corrcoef(torch.stack([angles.abs(), cropped.float()]))[0,1]) < 0.1
     assert not torch.equal(tfm(x, split_idx=0), y)
     assert torch.equal(tfm(x, split_idx=1), x)
+
+
+@pytest.mark.parametrize('deg,right,down,scale', [(0, 0, 0, 1), (8, 0, 0, 1), (0, 1.5, 0, 1), (0, 0, -1.5, 1), (0, 0, 0, 1.08), (-5, 0.7, 1.2, 0.93)])
+def test_affine_coords_are_torchvisions(mnist, deg, right, down, scale):
+    x = mnist[0].images[:20,None]/255
+    got = F.grid_sample(x, affine_coords(x, *(torch.full((20,), float(o)) for o in (deg, right, down, scale))), align_corners=False)
+    want = v2.functional.affine(x, deg, [right, down], scale, [0.], v2.InterpolationMode.BILINEAR)
+    assert (got-want).abs().max() < 1e-4
+
+
+def test_bend_is_torchvisions_elastic_transform(mnist):
+    x,arrows = mnist[0].images[:20,None]/255,torch.randn(20, 2, 4, 4)
+    still = affine_coords(x, *torch.tensor([0., 0, 0, 1]).expand(20, 4).T)
+    got = F.grid_sample(x, still + bend(arrows), align_corners=False)
+    want = torch.stack([v2.functional.elastic(o, b[None], v2.InterpolationMode.BILINEAR) for o,b in zip(x, bend(arrows))])
+    assert (got-want).abs().max() < 1e-4
+    pixels = bend(arrows)*28/2
+    assert torch.allclose(pixels[:,[0,0,-1,-1],[0,-1,0,-1]], arrows[:,:,[0,0,-1,-1],[0,-1,0,-1]].transpose(1, 2), atol=1e-4)
+
+
+def test_distort_draws_as_it_says():
+    "On ramps from left to right and from top to bottom, whose values say where each pixel was taken from"
+    n,at,t = 600,torch.arange(28) - 13.5,torch.arange(10) - 4.5
+    ramps = TensorImageBW(torch.stack([at.expand(28, 28), at[:,None].expand(28, 28)]).expand(n, 2, 28, 28))
+    y = Distort()(ramps, split_idx=0).as_subclass(torch.Tensor)[:,:,9:19,9:19] # the middle, where no zeros come in
+    across,down = ((y*o).mean((-2,-1))[:,0]/t.square().mean() for o in (t, t[:,None]))
+    assert kstest(torch.rad2deg(torch.atan2(down, across)).numpy(), 'uniform', (-8, 16)).pvalue > 0.01
+    assert kstest(1/torch.hypot(across, down).numpy(), 'uniform', (0.92, 0.16)).pvalue > 0.01
+    assert y.mean((-2,-1)).std() == pytest.approx(1.5/3**0.5, rel=0.1)
+    moved = (Distort(0., 0., 0., elastic=0.5)(ramps, split_idx=0) - ramps)[:,:,9,9]
+    assert moved.mean().abs() < 0.1 and moved.std() == pytest.approx(0.5, rel=0.15) # here an arrow stands
+    assert not torch.equal(Distort()(ramps, split_idx=0), ramps)
+    assert torch.equal(Distort()(ramps, split_idx=1), ramps)
 
 
 def test_what_fastai_users_expect(mnist, tmp_path, capsys):

@@ -83,6 +83,20 @@ def torch_steps(model, dls, order, lr, mom):
         opt.step()
 
 
+def test_the_tuned_recipe(device):
+    both(device, lambda o: o.fit_tuned(3, aug=0.))
+
+
+@pytest.mark.parametrize('compile', [False, True])
+def test_the_tuned_recipe_with_all_its_parts(device, compile):
+    "The two paths draw other random numbers, so that only what is learnt can be compared"
+    a,b = (make(device, fast=o, model=Block3, n_train=3200, compile=compile) for o in (True, False))
+    for o in (a,b): o.fit_tuned(2)
+    assert a.fast_epoch.engine != 'plain' and b.fast_epoch.engine == 'plain'
+    la,lb = (np.mean([float(v) for v in o.recorder.losses[-20:]]) for o in (a,b))
+    assert la == pytest.approx(lb, rel=0.15) and history(a).valid_accuracy.iloc[-1] > 0.9
+
+
 class Order(Callback):
     "Keep the order in which the images come"
     def after_train(self): self.learn.order_seen = self.fast_epoch.steps.order.clone()

@@ -5,9 +5,9 @@ import matplotlib.pyplot as plt, pytest, torch, torch.nn.functional as F
 from sklearn.metrics import confusion_matrix
 from torch.utils.data import DataLoader as TorchDL, TensorDataset
 from fastai.callback.training import GradientClip
-from mnist_block3.all import (block3_learner, Block3, Callback, ClassificationInterpretation, CSVLogger, CutMix, DataLoaders,
-                              EarlyStoppingCallback, history, Learner, load_learner, MixUp, mnist_dls, NLLLossFlat, noop, OptimWrapper,
-                              ParamScheduler, ProgressCallback, SaveModelCallback, SchedLin)
+from mnist_block3.all import (Adam, block3_learner, Block3, Callback, ClassificationInterpretation, CSVLogger, CutMix, DataLoaders,
+                              EarlyStoppingCallback, ForFit, history, Learner, load_learner, MixUp, mnist_dls, NLLLossFlat, noop, OptimWrapper,
+                              ParamScheduler, ProgressCallback, SaveModelCallback, SchedLin, SetDropout, SetSGD, TrainTfms)
 
 
 @pytest.fixture
@@ -210,3 +210,87 @@ def test_interpretation_and_show_results(trained):
 @pytest.mark.parametrize('kwargs', [dict(lr=0), dict(lr=-1), dict(lr=slice(0.1, -1)), dict(lr=float('inf')), dict(lr='a'), dict(lr=[0.1, 0.2]), dict(gamma=0), dict(mom=1), dict(mom=-0.1), dict(step_size=0), dict(step_size=1.5)])
 def test_bad_settings(small_dls, kwargs):
     with pytest.raises(ValueError, match=f'^{next(iter(kwargs))}='): block3_learner(small_dls, **kwargs)
+
+
+def torch_fit_tuned(model, batches, epochs, lr=0.1, mom=0.9, pct_start=0.2, **kwargs):
+    "The tuned recipe without augmentation, in plain PyTorch"
+    n = epochs*len(batches)
+    up_down = lambda i: i/n/pct_start if i/n <= pct_start else (1 - i/n)/(1 - pct_start)
+    opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=mom, **kwargs)
+    sched = torch.optim.lr_scheduler.LambdaLR(opt, up_down)
+    for _ in range(epochs):
+        for xb,yb in batches:
+            opt.zero_grad()
+            F.nll_loss(model(xb), yb).backward()
+            opt.step()
+            sched.step()
+
+
+@pytest.mark.parametrize('ours,theirs', [({}, {}), (dict(wd=1e-2, nesterov=True), dict(weight_decay=1e-2, nesterov=True))])
+def test_the_tuned_recipe_equals_a_plain_loop(batches, dls64, ours, theirs):
+    model = Block3(drop=0.3).double()
+    twin,start = Block3(drop=0.).double(),copy.deepcopy(model)
+    twin.load_state_dict(model.state_dict())
+    quiet(block3_learner(dls64, model)).fit_tuned(5, aug=0., **ours)
+    torch_fit_tuned(twin.train(), batches, 5, **theirs)
+    assert diff(model, twin) < 1e-6 < diff(model, start), 'fastai computes the rate in float32'
+
+
+def state(learn):
+    "All that `fit_tuned` sets for its length"
+    sgd = [(o['momentum'], o['weight_decay'], o['nesterov']) for o in learn.opt.opt.param_groups]
+    return sgd,[m.p for m in learn.model.modules() if isinstance(m, torch.nn.Dropout2d)],list(learn.dls.train.after_batch.fs)
+
+
+class Seen(Callback):
+    "What `state` is in training; raises `error` in the second batch"
+    def __init__(self, error=None): self.error = error
+    def after_batch(self):
+        self.learn.in_training = state(self.learn)
+        if self.error and self.training and self.iter: raise self.error
+
+
+@pytest.mark.parametrize('error', [None, ZeroDivisionError('x'), KeyboardInterrupt()], ids=str)
+def test_the_tuned_recipe_puts_everything_back(error):
+    learn = quiet(block3_learner(mnist_dls(n_train=128, valid='reference', device='cpu')))
+    learn.create_opt()
+    before = state(learn)
+    if error:
+        with pytest.raises(type(error)): learn.fit_tuned(1, wd=1e-4, nesterov=True, cbs=Seen(error))
+    else: learn.fit_tuned(1, wd=1e-4, nesterov=True, cbs=Seen())
+    sgd,drops,tfms = learn.in_training
+    assert sgd == [(0.9, 1e-4, True)] and set(drops) == {0.} and [type(o).__name__ for o in tfms] == ['IntToFloatTensor', 'Distort', 'Normalize']
+    assert state(learn) == before and before[0] == [(0.8, 0, False)]
+    assert not any(isinstance(o, ForFit) for o in learn.cbs)
+    learn.fit(1)
+    assert learn.recorder.lrs == [0.02]*2
+
+
+@pytest.mark.parametrize('mistake', [dict(lr=0.), dict(mom=1.), dict(wd=-1.), dict(pct_start=1.), dict(drop=1.), dict(aug=-1.), dict(elastic=float('nan'))])
+def test_a_mistake_in_the_tuned_recipe(dls64, mistake):
+    name, = mistake
+    with pytest.raises(ValueError, match=f'^{name}='): block3_learner(dls64, model64()).fit_tuned(1, **mistake)
+
+
+def test_the_tuned_recipe_is_for_sgd(dls64):
+    with pytest.raises(ValueError, match='options of torch.optim.SGD, but opt_func makes a Optimizer'):
+        quiet(block3_learner(dls64, model64(), opt_func=Adam)).fit_tuned(1, aug=0.)
+
+
+def test_augmentation_needs_a_loader_that_transforms_batches(dls64):
+    with pytest.raises(ValueError, match='aug=0'): quiet(block3_learner(dls64, model64())).fit_tuned(1)
+
+
+@pytest.mark.parametrize('error', [None, KeyboardInterrupt()], ids=str)
+def test_one_setting_over_another(error):
+    "What is set last is put back first"
+    learn = quiet(block3_learner(mnist_dls(n_train=128, valid='reference', device='cpu')))
+    learn.create_opt()
+    before = state(learn)
+    cbs = [SetDropout(0.3), TrainTfms(), SetSGD(momentum=0.5), Seen(error)]
+    if error:
+        with pytest.raises(KeyboardInterrupt): learn.fit_tuned(1, cbs=cbs)
+    else: learn.fit_tuned(1, cbs=cbs)
+    sgd,drops,tfms = learn.in_training
+    assert sgd[0][0] == 0.5 and set(drops) == {0.3} and [type(o).__name__ for o in tfms] == ['IntToFloatTensor', 'Normalize']
+    assert state(learn) == before

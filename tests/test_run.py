@@ -3,7 +3,9 @@ import json, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file
-from mnist_block3.all import Block3, new_run_dir, protocols, run_files, train_run, write_whole
+from sklearn.metrics import accuracy_score
+from mnist_block3.all import (Block3, block3_learner, JudgeAlso, mnist_dls, new_run_dir, ProgressCallback, protocols, recipe_settings,
+                              run_files, train_run, write_whole)
 from mnist_block3.cli import block3_train
 
 few = dict(epochs=2, n_train=320, valid='reference', device='cpu')
@@ -23,7 +25,8 @@ def test_what_a_run_keeps(tmp_path):
     learn,folder = train_run(**few, out=tmp_path/'run')
     assert {o.name for o in folder.iterdir()} == set(run_files)
     summary,h = json.loads((folder/'summary.json').read_text()),pd.read_csv(folder/'history.csv')
-    assert summary['settings'] == dict(few, bs=64, lr=0.02, mom=0.8, seed=0, source=None, bf16=False, fast=True)
+    assert summary['settings'] == dict(few, bs=64, recipe='reference', seed=0, source=None, bf16=False, fast=True,
+                                       also_reference=False, lr=0.02, mom=0.8, step_size=15, gamma=0.1)
     assert (summary['engine'], summary['why']) == ('plain', 'the fit is short')
     assert {'torch', 'torchvision', 'fastai', 'fastcore', 'mnist_block3', 'python'} <= set(summary['versions'])
     assert summary['machine']['device'] == 'cpu' and summary['machine']['threads'] == torch.get_num_threads()
@@ -32,6 +35,30 @@ def test_what_a_run_keeps(tmp_path):
     model = Block3()
     model.load_state_dict(weights(folder))
     for a,b in zip(model.state_dict().values(), learn.model.state_dict().values(), strict=True): assert torch.equal(a, b)
+
+
+def test_a_recipe_has_its_own_settings(tmp_path):
+    _,folder = train_run(**few | dict(recipe='tuned', lr=0.05), out=tmp_path/'run')
+    settings = json.loads((folder/'summary.json').read_text())['settings']
+    assert {k: settings[k] for k in ('recipe', 'lr', 'mom', 'drop', 'nesterov')} == dict(recipe='tuned', lr=0.05, mom=0.9, drop=0., nesterov=False)
+    assert 'gamma' not in settings
+    with pytest.raises(ValueError, match='gamma: the tuned recipe has no such setting; it has lr, mom'): train_run(recipe='tuned', gamma=0.1)
+    assert recipe_settings('reference') == dict(lr=0.02, mom=0.8, step_size=15, gamma=0.1)
+
+
+def test_judging_also_as_the_reference_did_changes_nothing_else(tmp_path):
+    "And comes, on what is not augmented, to what scikit-learn counts"
+    (a,fa),(b,fb) = (train_run(**few | dict(valid='test', also_reference=o), out=tmp_path/str(o)) for o in (False, True))
+    assert all(torch.equal(p, q) for p,q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+    ha,hb = (pd.read_csv(o/'history.csv').drop(columns='seconds') for o in (fa,fb))
+    assert ha.equals(hb[list(ha)]) and set(hb) - set(ha) == {'reference_correct', 'reference_total'}
+    assert (hb.reference_total == few['n_train']).all() and 0 < hb.reference_correct.iloc[-1] < few['n_train']
+    learn = block3_learner(mnist_dls(n_train=320, aug_tfms=[], device='cpu'), cbs=JudgeAlso())
+    learn.remove_cb(ProgressCallback)
+    with learn.no_logging(): learn.fit_tuned(1) # by which the images are distorted, and not those that it is judged on
+    right = learn.history.rows[-1]['reference_correct']
+    with learn.no_bar(): probs,targs = learn.get_preds(dl=learn.dls.train.new(shuffle=False))
+    assert right == accuracy_score(targs, probs.argmax(1), normalize=False)
 
 
 def test_precision_and_path_are_settings(tmp_path):
@@ -68,6 +95,8 @@ bad = {
     'lr':          (dict(lr=0.), 'lr=0.0'),
     'inf':         (dict(lr=float('inf')), 'lr=inf'),
     'mom':         (dict(mom=1.), 'mom=1.0'),
+    'recipe':      (dict(recipe='tunde'), "recipe='tunde': recipe is one of 'reference', 'tuned'"),
+    'tuned lr':    (dict(recipe='tuned', lr=-1.), 'lr=-1.0'),
     'seed':        (dict(seed=2**64), 'seed=18446744073709551616'),
     'meta':        (dict(device='meta'), "device='meta'"),
     'device':      (dict(device='gpu'), "device='gpu'"),
