@@ -20,7 +20,7 @@ from .learner import history
 from .run import recipe_settings, run_files, train_run
 from .sweep import run_name, sweep, sweep_grid
 
-# %% ../nbs/07_cli.ipynb #10836674
+# %% ../nbs/07_cli.ipynb #5b864d28
 def parse_seeds(
     text:str, # Numbers and ranges, `0-9,20`
 ) -> list: # Whole numbers
@@ -38,7 +38,8 @@ def parse_settings(
     def value(name, v):
         own = [recipe_settings(o, **({} if name in recipe_settings(o) else {name: v}))[name] for o in recipes][0]
         try: return {'true': True, 'false': False}[v.lower()] if isinstance(own, bool) else type(own)(v)
-        except (KeyError, ValueError): raise ValueError(f'settings={text!r}: {name} is of type {type(own).__name__}, and not {v!r}') from None
+        except (KeyError, ValueError):
+            raise ValueError(f'settings={text!r}: {name} is of type {type(own).__name__}, and not {v!r}') from None
     grids = [[o.partition('=') for o in part.split()] for part in (text or '').split(';')]
     return [{name: [value(name, v) for v in vals.split(',')] for name,_,vals in grid} for grid in grids]
 
@@ -48,10 +49,11 @@ def one_setting(
 ) -> dict: # Values by name
     "Read the settings of a single run"
     grids = parse_settings(text, [recipe])
-    if len(grids) > 1 or any(len(v) > 1 for v in grids[0].values()): raise ValueError(f'settings={text!r}: one run has one value of each')
+    if len(grids) > 1 or any(len(v) > 1 for v in grids[0].values()):
+        raise ValueError(f'settings={text!r}: one run has one value of each')
     return {k: v[0] for k,v in grids[0].items()}
 
-# %% ../nbs/07_cli.ipynb #2ccf5307
+# %% ../nbs/07_cli.ipynb #db89b67d
 @call_parse
 def block3_train(
     recipe:str='reference', # How to train: reference, as the original did, or tuned
@@ -73,13 +75,14 @@ def block3_train(
     "Train the 7,904-parameter network on MNIST, and keep history, summary, weights and plots in a run folder"
     try:
         more = one_setting(settings, recipe) | {k: v for k,v in dict(lr=lr, mom=mom).items() if v is not None}
-        learn,folder = train_run(out, sys.stdout.isatty(), epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid, source=source,
-                                 device=device, n_train=n_train, bf16=bf16, fast=fast, also_reference=also_reference, **more)
+        learn,folder = train_run(out, sys.stdout.isatty(), epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid,
+                                 source=source, device=device, n_train=n_train, bf16=bf16, fast=fast,
+                                 also_reference=also_reference, **more)
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'block3_train: {e}')
     print(f'\n{block_report(history(learn), measured=protocols[valid])}')
     print(f'\n{", ".join(run_files)} are in {folder}')
 
-# %% ../nbs/07_cli.ipynb #d696cde7
+# %% ../nbs/07_cli.ipynb #f74289a3
 @call_parse
 def block3_sweep(
     recipes:str='reference', # Recipes: reference, tuned, or both with a comma
@@ -102,12 +105,13 @@ def block3_sweep(
     address:str=None, # Address of the Ray cluster; the one that Ray finds, or else this machine, if not given
 ):
     "Train many times, and keep what comes out in tables; stop it and call it again as you like"
-    shared = dict(epochs=epochs, valid=valid, bs=bs, source=source, device=device, n_train=n_train, bf16=bf16, fast=fast,
-                  also_reference=also_reference)
+    shared = dict(epochs=epochs, valid=valid, bs=bs, source=source, device=device, n_train=n_train, bf16=bf16,
+                  fast=fast, also_reference=also_reference)
+    command = shlex.join(['block3_sweep', *sys.argv[1:]])
     try:
         names = recipes.split(',')
         runs = sweep_grid(names, parse_seeds(seeds), parse_settings(settings, names), **shared)
-        study = sweep(runs, out, jobs, threads, retries, ray, address, command=shlex.join(['block3_sweep', *sys.argv[1:]]))
+        study = sweep(runs, out, jobs, threads, retries, ray, address, command)
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'block3_sweep: {e}')
     except KeyboardInterrupt:
         print('block3_sweep: stopped; run the same command again to go on', file=sys.stderr)

@@ -129,9 +129,9 @@ def _check_share(**kwargs):
     for k,v in kwargs.items():
         if not (isinstance(v, Real) and 0 <= v < 1): raise ValueError(f'{k}={v!r}: {k} is at least 0 and below 1')
 
-# %% ../nbs/02_learner.ipynb #b2af95d9
+# %% ../nbs/02_learner.ipynb #18bf7646
 class ForFit(Callback):
-    "Base of callbacks that set something for the length of a fit: `change` sets it and yields functions that put it back"
+    "Base of callbacks that set something for a fit: `change` sets it and yields functions that put it back"
     order = 70 # when a fit begins, the others still see what there was
     def __init__(self): self.undo = []
 
@@ -182,7 +182,7 @@ class SetDropout(ForFit):
             yield partial(setattr, m, 'p', m.p)
             m.p = self.drop
 
-# %% ../nbs/02_learner.ipynb #073d9965
+# %% ../nbs/02_learner.ipynb #1396ebb5
 class TrainTfms(ForFit):
     "Have training batches transformed by `tfms`, in place of the random transforms of their loader"
     def __init__(self, *tfms):
@@ -192,7 +192,8 @@ class TrainTfms(ForFit):
     def change(self):
         pipe = getattr(self.dls.train, 'after_batch', None)
         if pipe is None:
-            raise ValueError(f'{type(self.dls.train).__name__} has no batch transforms to replace; fit_tuned(aug=0) leaves them alone')
+            raise ValueError(f'{type(self.dls.train).__name__} has no batch transforms to replace: '
+                             'augment the data itself, and fit_tuned(aug=0)')
         yield partial(setattr, pipe, 'fs', pipe.fs)
         pipe.fs = (pipe.fs.filter(lambda o: not isinstance(o, RandTransform)) + self.aug_tfms).sorted('order')
 

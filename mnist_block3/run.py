@@ -6,7 +6,7 @@
 __all__ = ['run_files', 'recipes', 'recipe_epochs', 'new_run_dir', 'write_whole', 'code_hash', 'run_environment', 'run_results',
            'save_run', 'EpochLines', 'recipe_settings', 'run_settings', 'JudgeAlso', 'train_run']
 
-# %% ../nbs/05_run.ipynb #6d1171d9
+# %% ../nbs/05_run.ipynb #f7d883de
 import hashlib, inspect, io, json, math, os, platform, tempfile
 from contextlib import nullcontext
 from datetime import datetime, timezone
@@ -22,7 +22,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from . import __version__
-from .data import _check_choice, _check_count, _check_source, mnist_dls, protocols
+from .data import _check_choice, _check_count, _check_source, mnist_dls, mnist_path, protocols
 from .learner import _check_reference, block3_learner, history, tuned_cbs
 from .evaluate import plot_history
 
@@ -63,10 +63,10 @@ def _cpu_name():
     try: return next(o.partition(':')[2].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name'))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
-# %% ../nbs/05_run.ipynb #c09c52fc
+# %% ../nbs/05_run.ipynb #224ceeba
 def code_hash() -> str: # Eight hexadecimal digits
     "A name for the code of this package as it is, to tell runs of different code apart"
-    files = sorted(Path(__file__).parent.glob('*.py'))
+    files = sorted(mnist_path.parent.glob('*.py'))
     return hashlib.sha1(b''.join(o.read_bytes() for o in files)).hexdigest()[:8]
 
 # %% ../nbs/05_run.ipynb #15639eff
@@ -80,15 +80,16 @@ def run_environment(
                 machine=dict(device=str(device), device_name=name, threads=torch.get_num_threads(), cores=os.cpu_count(),
                              platform=platform.platform()))
 
-# %% ../nbs/05_run.ipynb #cd7bc209
+# %% ../nbs/05_run.ipynb #aedfeec9
 def run_results(
     history, # `DataFrame`, from `history`
 ) -> dict: # Accuracies in 0–1, time in seconds
     "The last epoch and the best one; which is best was seen on the evaluation images, so only the last is an honest result"
     last,best = history.iloc[-1],history.loc[history.valid_accuracy.idxmax()]
     loss = float(last.valid_loss) if math.isfinite(last.valid_loss) else None
-    return dict(accuracy=float(last.valid_accuracy), loss=loss, correct=int(last.correct), total=int(last.total),
-                best_epoch=int(best.epoch), best_accuracy=float(best.valid_accuracy), train_seconds=float(history.seconds.sum()))
+    correct,total = int(last.correct),int(last.total)
+    return dict(accuracy=correct/total, loss=loss, correct=correct, total=total, best_epoch=int(best.epoch),
+                best_accuracy=int(best.correct)/total, train_seconds=float(history.seconds.sum()))
 
 # %% ../nbs/05_run.ipynb #1eaea77a
 def save_run(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sweep_grid', 'run_name', 'run_label', 'run_alone', 'Study', 'add_run', 'add_failure', 'sweep']
 
-# %% ../nbs/06_sweep.ipynb #85dfaa08
+# %% ../nbs/06_sweep.ipynb #026167b5
 import hashlib, io, itertools, json, math, os, re, subprocess, sys, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ from functools import partial
 from numbers import Number
 from pathlib import Path
 import pandas as pd
-from .data import _check_count, get_device
+from .data import _check_count, get_device, mnist_path
 from .evaluate import mistakes
 from .run import recipe_settings, run_settings, train_run, write_whole
 
-# %% ../nbs/06_sweep.ipynb #b1e27c8d
+# %% ../nbs/06_sweep.ipynb #0f759582
 def sweep_grid(
     recipes=('reference',), # Names of recipes
     seeds=range(5), # Seeds
@@ -28,9 +28,10 @@ def sweep_grid(
     "All combinations of seeds, recipes and settings"
     grids = settings if isinstance(settings, list) else [settings or {}]
     chosen = [dict(zip(grid, o)) for grid in grids for o in itertools.product(*grid.values())]
-    return [run_settings(recipe=recipe, seed=seed, **kwargs | o) for seed in seeds for recipe in recipes for o in chosen]
+    return [run_settings(recipe=recipe, seed=seed, **kwargs | o)
+            for seed in seeds for recipe in recipes for o in chosen]
 
-# %% ../nbs/06_sweep.ipynb #09f7ac83
+# %% ../nbs/06_sweep.ipynb #25910220
 _named = 'recipe','seed','epochs','valid','bs','n_train','source','bf16','fast'
 
 def run_name(
@@ -38,7 +39,8 @@ def run_name(
 ) -> str: # Eight hexadecimal digits
     "The name of a run, made from its settings"
     plain = lambda v: None if v is None or v != v else float(v) if isinstance(v, Number) else str(v)
-    return hashlib.sha1(json.dumps([plain(run[k]) for k in (*_named, *recipe_settings(run['recipe']))]).encode()).hexdigest()[:8]
+    values = [plain(run[k]) for k in (*_named, *recipe_settings(run['recipe']))]
+    return hashlib.sha1(json.dumps(values).encode()).hexdigest()[:8]
 
 def run_label(
     run:dict, # From `run_settings`, or a row of `study.csv`
@@ -62,7 +64,7 @@ def _child():
     with learn.no_bar(), learn.no_logging(): wrong = mistakes(learn)
     write_whole(folder/'mistakes.csv', wrong.sort_values('index').round(4).to_csv(index=False).encode())
 
-# %% ../nbs/06_sweep.ipynb #4beebffc
+# %% ../nbs/06_sweep.ipynb #3af09291
 def _reason(err, code):
     "What a process that ended with `code` said last"
     named = [o for o in err.splitlines() if re.match(r'[\w.]*(Error|Exception|Interrupt)\b', o)]
@@ -76,7 +78,7 @@ def run_alone(
     "Do a run in a process of its own; raises `RuntimeError` with its error where it fails"
     with tempfile.TemporaryDirectory() as d:
         # this package, and no module that happens to lie in the current folder
-        env = os.environ | {'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': str(Path(__file__).parent.parent)}
+        env = os.environ | {'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': str(mnist_path.parent.parent)}
         args = [sys.executable, '-P', '-W', 'ignore', '-c', 'from mnist_block3.sweep import _child; _child()']
         p = subprocess.Popen([*args, json.dumps(run), f'{d}/run', str(os.getpid())], env=env, stdin=subprocess.DEVNULL,
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors='replace')
@@ -85,7 +87,7 @@ def run_alone(
         if p.returncode: raise RuntimeError(_reason(err, p.returncode))
         return {o.name: o.read_bytes() for o in Path(d, 'run').iterdir()}
 
-# %% ../nbs/06_sweep.ipynb #b01b21b9
+# %% ../nbs/06_sweep.ipynb #23230cb2
 class Study:
     "The tables in `folder`"
     def __init__(self,
@@ -97,7 +99,8 @@ class Study:
     ) -> pd.DataFrame: # Empty where there is no such file yet
         "A table"
         path = self.folder/f'{name}.csv'
-        df = pd.read_csv(path, dtype=dict(run=str), float_precision='round_trip') if path.exists() else pd.DataFrame(columns=['run'])
+        df = pd.DataFrame(columns=['run'])
+        if path.exists(): df = pd.read_csv(path, dtype=dict(run=str), float_precision='round_trip')
         return df[~df.run.isin(self.done)] if name == 'failures' else df
 
     @property
@@ -117,7 +120,7 @@ class Study:
     @contextmanager
     def locked(self):
         "Make the folder, and keep other sweeps out of it where the system has `flock`"
-        (self.folder/'weights').mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder/'.lock', 'w') as f:
             try:
                 import fcntl
@@ -126,14 +129,14 @@ class Study:
             except BlockingIOError: raise ValueError(f'Another sweep is at work in {self.folder}') from None
             yield
 
-# %% ../nbs/06_sweep.ipynb #adcc7515
+# %% ../nbs/06_sweep.ipynb #e2b52669
 def _study_row(run, summary, command):
     "The row of a run in `study.csv`"
-    first,res,machine,vers = ('recipe','seed','epochs','valid'),summary['results'],summary['machine'],summary['versions']
-    return ({k: run[k] for k in first} | {k: res[k] for k in ('accuracy','loss','correct','total')} | dict(run=run_name(run)) |
-            {k: v for k,v in run.items() if k not in (*first, 'device')} |
-            dict(engine=summary['engine'], seconds=round(summary['seconds'], 1), threads=machine['threads'], cores=machine['cores'],
-                 device=machine['device_name'], date=summary['began'], command=command) |
+    first,machine,vers = ('recipe','seed','epochs','valid'),summary['machine'],summary['versions']
+    found = {k: summary['results'][k] for k in ('accuracy','loss','correct','total')} | dict(run=run_name(run))
+    made = dict(engine=summary['engine'], seconds=round(summary['seconds'], 1), threads=machine['threads'],
+                cores=machine['cores'], device=machine['device_name'], date=summary['began'], command=command)
+    return ({k: run[k] for k in first} | found | {k: v for k,v in run.items() if k not in (*first, 'device')} | made |
             {k: vers[k] for k in ('python','torch','fastai','code')})
 
 def add_run(
@@ -144,16 +147,19 @@ def add_run(
 ) -> dict: # Its row in `study.csv`
     "Put a finished run into the tables"
     name,done,row = run_name(run),study.done,_study_row(run, json.loads(files['summary.json']), command)
-    write_whole(study.folder/'weights'/f'{name}.safetensors', files['weights.safetensors'])
+    weights = study.folder/'weights'/f'{name}.safetensors'
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(weights, files['weights.safetensors'])
     for table,part in (('epochs', 'history.csv'), ('mistakes', 'mistakes.csv')):
         if part not in files: continue
         new = pd.read_csv(io.BytesIO(files[part]), float_precision='round_trip')
-        study.put(table, pd.concat([pd.DataFrame(dict(run=name, recipe=run['recipe'], seed=run['seed']), new.index), new], axis=1), done)
+        whose = pd.DataFrame(dict(run=name, recipe=run['recipe'], seed=run['seed']), new.index)
+        study.put(table, pd.concat([whose, new], axis=1), done)
     study.put('study', pd.DataFrame([row]), done)
     study.put('failures', pd.DataFrame(), set(study.read('failures').run))
     return row
 
-# %% ../nbs/06_sweep.ipynb #c5a13180
+# %% ../nbs/06_sweep.ipynb #2c5a4902
 def add_failure(
     study:Study, # Where to put it
     run:dict, # From `run_settings`
@@ -162,8 +168,8 @@ def add_failure(
 ):
     "List a run that failed in `failures.csv`, which forgets it when it has succeeded"
     name = run_name(run)
-    row = dict(run=name, recipe=run['recipe'], seed=run['seed'], attempts=attempts, error=error, settings=json.dumps(run),
-               date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    row = dict(run=name, recipe=run['recipe'], seed=run['seed'], attempts=attempts, error=error,
+               settings=json.dumps(run), date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
     study.put('failures', pd.DataFrame([row]), set(study.read('failures').run) - {name})
 
 # %% ../nbs/06_sweep.ipynb #e81f0339
@@ -215,7 +221,7 @@ def _loop(study, todo, submit, retries, jobs, command, log):
                 f'loss {math.nan if row["loss"] is None else row["loss"]:.5f}, {row["seconds"]:.0f} s'
                 f'{f"; about {_duration(eta)} left" if waiting else ""}')
 
-# %% ../nbs/06_sweep.ipynb #dc103447
+# %% ../nbs/06_sweep.ipynb #3f951707
 def sweep(
     runs:list[dict], # From `sweep_grid`
     out:str|Path='sweep', # Folder of the tables; runs that are in them are not done again
@@ -227,7 +233,7 @@ def sweep(
     command:str='', # For the tables: what was called
     log=partial(print, flush=True), # Called with each line
 ) -> Study: # The tables
-    "Do all `runs` that are not done yet; raises `OSError` where a table cannot be written, and goes on after other errors"
+    "Do all `runs` that are not done yet; raises `OSError` where a table cannot be written, goes on after other errors"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     device = runs[0]['device'] if runs else 'cpu'
     if address is not None and not ray: raise ValueError(f'address={address!r}: an address is for Ray')
@@ -239,7 +245,8 @@ def sweep(
         study,runs = Study(out),list({run_name(o): o for o in runs}.values())
         with study.locked():
             todo = [o for o in runs if run_name(o) not in study.done]
-            log(f'{len(runs)} runs, {len(runs) - len(todo)} of them done; {jobs} at once{" on Ray" if ray else ""}, threads a run: {threads}')
+            log(f'{len(runs)} runs, {len(runs) - len(todo)} of them done; {jobs} at once{" on Ray" if ray else ""}, '
+                f'threads a run: {threads}')
             _loop(study, todo, submit, retries, jobs, command, log)
     finally: stop()
     return study
