@@ -20,7 +20,7 @@ from .learner import history
 from .run import recipe_settings, run_files, train_run
 from .sweep import run_name, sweep, sweep_grid
 
-# %% ../nbs/07_cli.ipynb #5b864d28
+# %% ../nbs/07_cli.ipynb #e485c28f
 def parse_seeds(
     text:str, # Numbers and ranges, `0-9,20`
 ) -> list: # Whole numbers
@@ -36,7 +36,8 @@ def parse_settings(
 ) -> list: # For `sweep_grid`: between semicolons, lists of values by name
     "Read settings; each value has the type that the recipe's own has"
     def value(name, v):
-        own = [recipe_settings(o, **({} if name in recipe_settings(o) else {name: v}))[name] for o in recipes][0]
+        for o in recipes: recipe_settings(o, **{name: v}) # which refuses a name that it does not have
+        own = recipe_settings(recipes[0])[name]
         try: return {'true': True, 'false': False}[v.lower()] if isinstance(own, bool) else type(own)(v)
         except (KeyError, ValueError):
             raise ValueError(f'settings={text!r}: {name} is of type {type(own).__name__}, and not {v!r}') from None

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['NLLLossFlat', 'StepDecay', 'History', 'history', 'block3_learner', 'ForFit', 'put_back', 'SetSGD', 'SetDropout',
-           'TrainTfms', 'tuned_cbs']
+           'TrainTfms', 'PreciseBN', 'tuned_cbs']
 
-# %% ../nbs/02_learner.ipynb #4b3da2ff
+# %% ../nbs/02_learner.ipynb #039bc7cc
 import math, time
+from copy import deepcopy
 from functools import partial
 from numbers import Real
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.optim.swa_utils import update_bn
 import pandas as pd
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
@@ -93,7 +95,7 @@ def history(
     if not learn._grab_cbs(History): raise ValueError('This learner keeps no history: make it with block3_learner')
     return pd.DataFrame(learn.history.rows)
 
-# %% ../nbs/02_learner.ipynb #71e0d1cb
+# %% ../nbs/02_learner.ipynb #ad8ef167
 @delegates(Learner, but='default_cbs')
 def block3_learner(
     dls:DataLoaders, # Of images (N, 1, 28, 28) and labels (N,)
@@ -107,12 +109,15 @@ def block3_learner(
     metrics=accuracy, # Metrics of the evaluation
     cbs=None, # More callbacks
     fast:bool=True, # Let `FastEpoch` run the epochs where it can
+    pretrained:bool=False, # Let the new `Block3` begin with the trained weights of the package
     **kwargs
 ) -> Learner: # On the device of `dls`
     "A `Learner` whose plain `fit(15)` is the schedule of the original: SGD, and `StepLR` once an epoch"
     _check_reference(lr, mom, step_size, gamma)
+    if model is None: model = Block3(pretrained)
+    elif pretrained: raise ValueError('pretrained=True: the trained weights are those of `Block3`, but a model was given')
     if opt_func is None: opt_func = partial(OptimWrapper, opt=torch.optim.SGD, momentum=mom)
-    return Learner(dls, Block3() if model is None else model, loss_func=loss_func or NLLLossFlat(), opt_func=opt_func, lr=lr,
+    return Learner(dls, model, loss_func=loss_func or NLLLossFlat(), opt_func=opt_func, lr=lr,
                    metrics=metrics, cbs=[StepDecay(step_size, gamma), History(), FastEpoch(fast), *L(cbs)], **kwargs)
 
 # %% ../nbs/02_learner.ipynb #d485262c
@@ -182,7 +187,7 @@ class SetDropout(ForFit):
             yield partial(setattr, m, 'p', m.p)
             m.p = self.drop
 
-# %% ../nbs/02_learner.ipynb #1396ebb5
+# %% ../nbs/02_learner.ipynb #cb010e87
 class TrainTfms(ForFit):
     "Have training batches transformed by `tfms`, in place of the random transforms of their loader"
     def __init__(self, *tfms):
@@ -195,9 +200,21 @@ class TrainTfms(ForFit):
             raise ValueError(f'{type(self.dls.train).__name__} has no batch transforms to replace: '
                              'augment the data itself, and fit_tuned(aug=0)')
         yield partial(setattr, pipe, 'fs', pipe.fs)
-        pipe.fs = (pipe.fs.filter(lambda o: not isinstance(o, RandTransform)) + self.aug_tfms).sorted('order')
+        pipe.fs = (_not_random(pipe) + self.aug_tfms).sorted('order')
 
-# %% ../nbs/02_learner.ipynb #fdf33885
+def _not_random(pipe): return pipe.fs.filter(lambda o: not isinstance(o, RandTransform))
+
+# %% ../nbs/02_learner.ipynb #73cac00b
+class PreciseBN(Callback):
+    "After the last step, take BatchNorm's statistics from all training images, without their random transforms"
+    def after_train(self):
+        if self.epoch + 1 < self.n_epoch: return
+        dl,twin = self.dls.train,deepcopy(self.model)
+        if hasattr(dl, 'after_batch'): dl = dl.new(shuffle=False, drop_last=False, after_batch=_not_random(dl.after_batch))
+        update_bn(dl, twin)
+        self.model.load_state_dict(twin.state_dict())
+
+# %% ../nbs/02_learner.ipynb #51f213a0
 def tuned_cbs(
     lr:float=0.1, # Highest learning rate
     mom:float=0.9, # Momentum
@@ -207,6 +224,7 @@ def tuned_cbs(
     drop:float=0., # Probability of dropout
     aug:float=1., # Strength of `Distort`; 0: leave the augmentation of the learner as it is
     elastic:float=0., # Its bending, in pixels
+    precise_bn:bool=True, # Let `PreciseBN` take the statistics anew at the end
 ) -> list: # `Callback`s
     "The tuned recipe; raises `ValueError` for a setting that makes no sense"
     _check_rates(lr=lr)
@@ -216,9 +234,9 @@ def tuned_cbs(
         if not 0 <= v < math.inf: raise ValueError(f'{k}={v!r}: {k} is a number from 0 on')
     rate = combine_scheds([pct_start, 1-pct_start], [SchedLin(0., lr), SchedLin(lr, 0.)])
     return [ParamScheduler({'lr': rate}), SetSGD(momentum=mom, weight_decay=wd, nesterov=nesterov), SetDropout(drop),
-            *[TrainTfms(Distort(elastic=elastic, strength=aug))]*(aug > 0)]
+            *[TrainTfms(Distort(elastic=elastic, strength=aug))]*(aug > 0), *[PreciseBN()]*precise_bn]
 
-# %% ../nbs/02_learner.ipynb #abc46f92
+# %% ../nbs/02_learner.ipynb #97ff705c
 @patch
 @delegates(tuned_cbs)
 def fit_tuned(self:Learner,
@@ -229,7 +247,7 @@ def fit_tuned(self:Learner,
     start_epoch:int=0, # Epoch to begin with
     **kwargs
 ):
-    "Fit by the tuned recipe: SGD with a rate that goes up and down in straight lines, and augmentation by `Distort`"
+    "Fit by the tuned recipe: SGD with a rate that goes up and down in straight lines, `Distort`, and `PreciseBN` at the end"
     mine = tuned_cbs(**kwargs)
     try: self.fit(n_epoch, cbs=[*mine, *L(cbs)], reset_opt=reset_opt, start_epoch=start_epoch)
     finally: put_back([*mine, *L(cbs)])

@@ -122,9 +122,9 @@ class EpochLines(Callback):
             f'epoch {o["epoch"]:2}/{self.n_epoch}  train loss {o["train_loss"]:.4f}  {self.evaluated_on} loss {o["valid_loss"]:.4f}  '
             f'{o["correct"]:,}/{o["total"]:,}  {100*o["valid_accuracy"]:.2f} %  {o["seconds"]:.1f} s')
 
-# %% ../nbs/05_run.ipynb #ef8195d0
+# %% ../nbs/05_run.ipynb #9a7f6b89
 recipes = {'reference': (block3_learner, ('lr','mom','step_size','gamma')),
-           'tuned': (tuned_cbs, ('lr','mom','wd','pct_start','nesterov','drop','aug','elastic'))}
+           'tuned': (tuned_cbs, ('lr','mom','wd','pct_start','nesterov','drop','aug','elastic','precise_bn'))}
 recipe_epochs = {'reference': 15, 'tuned': inspect.signature(Learner.fit_tuned).parameters['n_epoch'].default}
 
 # %% ../nbs/05_run.ipynb #8ac2190d

@@ -12,7 +12,7 @@ from fastai.callback.preds import MCDropoutCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.optimizer import Adam, SGD
 from mnist_block3.all import (block3_learner, Block3, Callback, CrossEntropyLossFlat, CSVLogger, CutMix, CropRotate,
-                              DataLoaders, EarlyStoppingCallback, F1Score, FetchPredsCallback, history, LabelSmoothingCrossEntropyFlat, Learner,
+                              DataLoaders, EarlyStoppingCallback, F1Score, FetchPredsCallback, history, JudgeAlso, LabelSmoothingCrossEntropyFlat, Learner,
                               load_learner, MixUp, mnist_dls, NLLLossFlat, noop, OptimWrapper, ParamScheduler, ProgressCallback, Recorder,
                               ReduceLROnPlateau, RandTransform, SaveModelCallback, SchedCos, SchedLin, set_seed, SkipToEpoch,
                               StepDecay, TensorImage, TerminateOnNaNCallback, accuracy, error_rate)
@@ -95,6 +95,16 @@ def test_the_tuned_recipe_with_all_its_parts(device, compile):
     assert a.fast_epoch.engine != 'plain' and b.fast_epoch.engine == 'plain'
     la,lb = (np.mean([float(v) for v in o.recorder.losses[-20:]]) for o in (a,b))
     assert la == pytest.approx(lb, rel=0.15) and history(a).valid_accuracy.iloc[-1] > 0.9
+
+
+@pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_to_judge_also_as_the_reference_did_changes_nothing(device, compile):
+    a,b = (make(device, model=Block3, compile=compile, dls=lambda: mnist_dls(n_train=200, device=device)) for _ in range(2))
+    for o,cbs in ((a, JudgeAlso()), (b, None)):
+        set_seed(1)
+        o.fit(2, cbs=cbs)
+    assert a.fast_epoch.engine == b.fast_epoch.engine != 'plain'
+    assert diff(a, b) == 0 and history(a).reference_total.tolist() == [200, 200]
 
 
 class Order(Callback):

@@ -58,6 +58,9 @@ def test_no_dead_addresses(ini):
         assert not any(o in text for o in ('github.com', 'github.io', 'badge', 'pypi.org')), name
 
 
+shipped = {f'mnist_block3/mnist/{o}' for o in mnist_sha256} | {'mnist_block3/block3.safetensors'}
+
+
 @pytest.fixture(scope='module')
 def packages(tmp_path_factory):
     "A wheel and an sdist of the tracked files"
@@ -75,7 +78,7 @@ def test_wheel_and_sdist(packages, ini):
     wheel, = packages.glob('*.whl')
     names = zipfile.ZipFile(wheel).namelist()
     meta = zipfile.ZipFile(wheel).read(next(o for o in names if o.endswith('METADATA'))).decode()
-    assert {f'mnist_block3/mnist/{o}' for o in mnist_sha256} <= set(names)
+    assert shipped <= set(names)
     assert not any(o.startswith(('tests', 'nbs', 'tools')) for o in names)
     assert any(o.endswith('LICENSE') for o in names) and any(o.endswith('NOTICE') for o in names)
     for line in ('Name: mnist_block3', f'Version: {ini["version"]}', 'Requires-Python: >=3.11', 'License-Expression: Apache-2.0'):
@@ -84,4 +87,4 @@ def test_wheel_and_sdist(packages, ini):
     assert needs == set(ini['requirements'].split())
     sdist, = packages.glob('*.tar.gz')
     names = {o.partition('/')[2] for o in tarfile.open(sdist).getnames()}
-    assert {f'mnist_block3/mnist/{o}' for o in mnist_sha256} | {'settings.ini', 'LICENSE', 'NOTICE', 'README.md'} <= names
+    assert shipped | {'settings.ini', 'LICENSE', 'NOTICE', 'README.md'} <= names

@@ -1,0 +1,33 @@
+"""What `PreciseBN` would have changed in runs that are done: their weights, judged again on the holdout with statistics taken anew."""
+import sys
+from pathlib import Path
+import pandas as pd, torch, torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.optim.swa_utils import update_bn
+from mnist_block3.all import Block3, load_digits, mean_std, n_holdout, Study
+
+
+def main(folder):
+    train,study = load_digits()[0],Study(folder).read().set_index('run')
+    x,y = (train.images[:,None]/255 - mean_std[0])/mean_std[1],train.labels.long()
+    n = len(x) - n_holdout
+
+    @torch.no_grad()
+    def judge(model):
+        logp = torch.cat([model.eval()(o) for o in x[n:].split(100)])
+        return F.nll_loss(logp, y[n:]).item(),int((logp.argmax(1) == y[n:]).sum())
+
+    rows = []
+    for path in sorted(Path(folder, 'weights').glob('*.safetensors')):
+        model,run = Block3(drop=0.),study.loc[path.stem]
+        model.load_state_dict(load_file(path))
+        before = judge(model)
+        update_bn(x[:n].split(64), model)
+        after = judge(model)
+        rows.append(dict(seed=run.seed, nesterov=run.nesterov, wd=run.wd, elastic=run.elastic, drop=run['drop'],
+                         loss=before[0], correct=before[1], precise_loss=after[0], precise_correct=after[1]))
+        print(rows[-1], flush=True)
+    pd.DataFrame(rows).to_csv(Path(folder, 'precise_bn.csv'), index=False)
+
+
+if __name__ == '__main__': main(sys.argv[1])
