@@ -1,4 +1,4 @@
-"""What `PreciseBN` would have changed in runs that are done: their weights, judged again on the holdout with statistics taken anew."""
+"""What `PreciseBN` would have changed in runs on the holdout that are done: their weights, judged again."""
 import sys
 from pathlib import Path
 import pandas as pd, torch, torch.nn.functional as F
@@ -8,7 +8,7 @@ from mnist_block3.all import Block3, load_digits, mean_std, n_holdout, Study
 
 
 def main(folder):
-    train,study = load_digits()[0],Study(folder).read().set_index('run')
+    train,study = load_digits()[0],Study(folder).read()
     x,y = (train.images[:,None]/255 - mean_std[0])/mean_std[1],train.labels.long()
     n = len(x) - n_holdout
 
@@ -18,14 +18,15 @@ def main(folder):
         return F.nll_loss(logp, y[n:]).item(),int((logp.argmax(1) == y[n:]).sum())
 
     rows = []
-    for path in sorted(Path(folder, 'weights').glob('*.safetensors')):
-        model,run = Block3(drop=0.),study.loc[path.stem]
+    for run in study[~study.precise_bn].to_dict('records'):
+        model,path = Block3(drop=0.),Path(folder, 'weights', f'{run["run"]}.safetensors')
+        if not path.exists(): continue
         model.load_state_dict(load_file(path))
         before = judge(model)
         update_bn(x[:n].split(64), model)
         after = judge(model)
-        rows.append(dict(seed=run.seed, nesterov=run.nesterov, wd=run.wd, elastic=run.elastic, drop=run['drop'],
-                         loss=before[0], correct=before[1], precise_loss=after[0], precise_correct=after[1]))
+        rows.append({k: run[k] for k in ('run', 'seed', 'nesterov', 'wd', 'elastic', 'drop')} |
+                    dict(loss=before[0], correct=before[1], precise_loss=after[0], precise_correct=after[1]))
         print(rows[-1], flush=True)
     pd.DataFrame(rows).to_csv(Path(folder, 'precise_bn.csv'), index=False)
 

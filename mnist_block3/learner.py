@@ -6,7 +6,7 @@
 __all__ = ['NLLLossFlat', 'StepDecay', 'History', 'history', 'block3_learner', 'ForFit', 'put_back', 'SetSGD', 'SetDropout',
            'TrainTfms', 'PreciseBN', 'tuned_cbs']
 
-# %% ../nbs/02_learner.ipynb #039bc7cc
+# %% ../nbs/02_learner.ipynb #4eb03687
 import math, time
 from copy import deepcopy
 from functools import partial
@@ -21,7 +21,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates, use_kwargs_dict
 from fastai.callback.core import Callback
 from fastai.callback.schedule import combine_scheds, ParamScheduler, SchedLin
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import BaseLoss
 from fastai.metrics import accuracy
@@ -187,7 +187,7 @@ class SetDropout(ForFit):
             yield partial(setattr, m, 'p', m.p)
             m.p = self.drop
 
-# %% ../nbs/02_learner.ipynb #cb010e87
+# %% ../nbs/02_learner.ipynb #eca8900a
 class TrainTfms(ForFit):
     "Have training batches transformed by `tfms`, in place of the random transforms of their loader"
     def __init__(self, *tfms):
@@ -195,23 +195,25 @@ class TrainTfms(ForFit):
         self.aug_tfms = L(tfms)
 
     def change(self):
-        pipe = getattr(self.dls.train, 'after_batch', None)
-        if pipe is None:
+        if not isinstance(self.dls.train, TfmdDL):
             raise ValueError(f'{type(self.dls.train).__name__} has no batch transforms to replace: '
                              'augment the data itself, and fit_tuned(aug=0)')
+        pipe = self.dls.train.after_batch
         yield partial(setattr, pipe, 'fs', pipe.fs)
         pipe.fs = (_not_random(pipe) + self.aug_tfms).sorted('order')
 
 def _not_random(pipe): return pipe.fs.filter(lambda o: not isinstance(o, RandTransform))
 
-# %% ../nbs/02_learner.ipynb #73cac00b
+# %% ../nbs/02_learner.ipynb #4a1eeccc
 class PreciseBN(Callback):
-    "After the last step, take BatchNorm's statistics from all training images, without their random transforms"
+    "After the last step, take BatchNorm's statistics from all training images, without dropout and random batch transforms"
     def after_train(self):
         if self.epoch + 1 < self.n_epoch: return
         dl,twin = self.dls.train,deepcopy(self.model)
-        if hasattr(dl, 'after_batch'): dl = dl.new(shuffle=False, drop_last=False, after_batch=_not_random(dl.after_batch))
-        update_bn(dl, twin)
+        if isinstance(dl, TfmdDL): dl = dl.new(shuffle=False, drop_last=False, after_batch=_not_random(dl.after_batch))
+        for m in twin.modules():
+            if isinstance(m, _DropoutNd): m.p = 0.
+        update_bn(dl, twin, next(twin.parameters()).device)
         self.model.load_state_dict(twin.state_dict())
 
 # %% ../nbs/02_learner.ipynb #51f213a0

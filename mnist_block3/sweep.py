@@ -87,7 +87,7 @@ def run_alone(
         if p.returncode: raise RuntimeError(_reason(err, p.returncode))
         return {o.name: o.read_bytes() for o in Path(d, 'run').iterdir()}
 
-# %% ../nbs/06_sweep.ipynb #23230cb2
+# %% ../nbs/06_sweep.ipynb #3fa4ef43
 class Study:
     "The tables in `folder`"
     def __init__(self,
@@ -105,6 +105,15 @@ class Study:
 
     @property
     def done(self): return set(self.read().run)
+
+    def of(self,
+        recipe:str, # 'reference' or 'tuned'
+        **kwargs # More for `run_settings`: what is not as it has it
+    ) -> pd.DataFrame: # Rows of `study.csv`
+        "The finished runs of `recipe`, from all seeds"
+        df = self.read()
+        seeds = df.seed.unique() if len(df) else []
+        return df[df.run.isin([run_name(run_settings(recipe=recipe, seed=o, **kwargs)) for o in seeds])]
 
     def put(self,
         name:str, # Of the table

@@ -5,9 +5,10 @@ import matplotlib.pyplot as plt, pytest, torch, torch.nn.functional as F
 from sklearn.metrics import confusion_matrix
 from torch.utils.data import DataLoader as TorchDL, TensorDataset
 from fastai.callback.training import GradientClip
+from fastai.data.load import DataLoader as FastaiDL
 from mnist_block3.all import (Adam, block3_learner, Block3, Callback, ClassificationInterpretation, CSVLogger, CutMix, DataLoaders,
                               EarlyStoppingCallback, ForFit, history, Learner, load_learner, MixUp, mnist_dls, NLLLossFlat, noop, OptimWrapper,
-                              ParamScheduler, PreciseBN, ProgressCallback, SaveModelCallback, SchedLin, SetDropout, SetSGD, TrainTfms)
+                              ParamScheduler, PreciseBN, ProgressCallback, SaveModelCallback, SchedLin, set_seed, SetDropout, SetSGD, TrainTfms)
 
 
 @pytest.fixture
@@ -237,16 +238,30 @@ def test_the_tuned_recipe_equals_a_plain_loop(batches, dls64, ours, theirs):
     assert diff(model, twin) < 1e-5 < diff(model, start), 'fastai computes the rate in float32'
 
 
-@pytest.mark.parametrize('on', [True, False])
-def test_precise_statistics_are_those_of_the_images_as_they_are(mnist, on):
-    learn = quiet(block3_learner(mnist_dls(n_train=200, valid='reference', device='cpu')))
-    learn.fit_tuned(2, precise_bn=on)
+@pytest.mark.parametrize('drop', [0., 0.3])
+def test_precise_statistics_are_those_of_the_images_as_they_are(mnist, drop):
+    learns = []
+    for on in (True, False):
+        set_seed(0)
+        learns.append(quiet(block3_learner(mnist_dls(n_train=200, valid='reference', device='cpu'))))
+        learns[-1].fit_tuned(2, precise_bn=on, drop=drop)
+    ours,running = (o.model for o in learns)
     twin = Block3(drop=0.)
-    twin.load_state_dict(learn.model.state_dict())
+    twin.load_state_dict(running.state_dict())
     torch.optim.swa_utils.update_bn(((mnist[0].images[:200,None]/255 - 0.1307)/0.3081).split(64), twin)
-    assert (diff(learn.model, twin) < 1e-5) == on
-    for p,q in zip(learn.model.parameters(), twin.parameters()): assert torch.equal(p, q)
-    assert {m.momentum for m in learn.model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+    assert diff(ours, twin) < 1e-5 < diff(ours, running)
+    assert {m.momentum for m in ours.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+    assert {m.p for m in ours.modules() if isinstance(m, torch.nn.Dropout2d)} == {0.01}
+
+
+def test_precise_statistics_with_a_loader_of_fastai_that_has_no_pipelines(batches):
+    data = [(x,y) for xb,yb in batches for x,y in zip(xb, yb)]
+    dl = FastaiDL(data, bs=32)
+    model = model64()
+    quiet(block3_learner(DataLoaders(dl, dl), model)).fit_tuned(1, aug=0.)
+    twin = copy.deepcopy(model)
+    torch.optim.swa_utils.update_bn(batches, twin)
+    assert diff(model, twin) < 1e-9
 
 
 def test_precise_statistics_are_whole_or_not_there():

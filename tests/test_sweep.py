@@ -98,6 +98,17 @@ def test_each_run_once(fake, tmp_path):
     assert {o.stem for o in (tmp_path/'weights').iterdir()} == study.done
 
 
+def test_the_runs_of_a_recipe(fake, tmp_path):
+    runs = sweep_grid(['tuned', 'reference'], range(2), dict(lr=[0.1, 0.05]), **small)
+    study = Study(tmp_path)
+    assert not len(study.of('tuned'))
+    sweep(runs, tmp_path, log=[].append)
+    shared = {k: small[k] for k in ('epochs', 'n_train')}
+    found = study.of('tuned', **shared)
+    assert sorted(found.seed) == [0, 1] and set(found.recipe) == {'tuned'} and set(found.lr) == {0.1}
+    assert set(study.of('reference', lr=0.05, **shared).lr) == {0.05} and not len(study.of('reference', **shared)) and not len(study.of('tuned'))
+
+
 def test_a_failed_run_is_tried_again_and_then_listed(fake, tmp_path):
     runs,lines = sweep_grid(['tuned'], range(3), **small),[]
     fake.fails = {0: 1, 1: 9}
