@@ -39,7 +39,7 @@ test: $(dev_env) ## Run all notebooks and the tests
 
 test-slow: $(dev_env) ## Run what `make test` leaves out for its length
 	$(call nbdev,test) --flags slow
-	$(with_dev) python -m pytest -m slow $(ARGS)
+	$(with_dev) python -m pytest -m 'slow and not cuda' $(ARGS)
 
 bench: $(bench_env) ## Measure speed against other ways, for a quarter of an hour or more; options in ARGS="--all --one-epoch"
 	@$(bench_bin)/python benchmarks/bench.py $(ARGS)
