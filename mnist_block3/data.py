@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['mnist_path', 'mnist_sha256', 'protocols', 'n_holdout', 'mean_std', 'read_idx', 'Digits', 'load_digits', 'get_digits',
-           'DigitImage', 'DigitDL', 'CropRotate', 'pixel_coords', 'affine_coords', 'bend', 'Distort', 'mnist_block',
-           'get_device', 'mnist_dls']
+           'mnist_form', 'DigitImage', 'DigitDL', 'CropRotate', 'pixel_coords', 'affine_coords', 'bend', 'Distort',
+           'mnist_block', 'get_device', 'mnist_dls']
 
-# %% ../nbs/00_data.ipynb #87a3d7e1
+# %% ../nbs/00_data.ipynb #4d4e9542
 import gzip, hashlib, math, struct
 from functools import partial
 from importlib.resources import files
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from fastcore.basics import chunked, store_attr
 from fastcore.foundation import is_indexer, L
 from fastcore.meta import delegates
@@ -105,17 +105,13 @@ def _read_split(folder, split):
     if labels.max() > 9: raise ValueError(f'{files[1]} holds the label {labels.max()}, but labels are 0 to 9')
     return Digits(images, labels)
 
-# %% ../nbs/00_data.ipynb #fec06999
-def _grey(im, name):
-    "The 8-bit grey values of a PIL image; those with more bits cannot be converted without a choice that is not ours"
-    if im.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'): raise ValueError(f'{name} has the mode {im.mode!r}, not 8 bits a channel')
-    return np.array(im.convert('L'))
-
-# %% ../nbs/00_data.ipynb #94e5a667
+# %% ../nbs/00_data.ipynb #fee654b3
 def _decode(file):
-    "The grey image in `file`, uint8 (28, 28)"
+    "The 8-bit grey values of the image in `file`, uint8 (28, 28)"
     try:
-        with Image.open(file) as im: a = _grey(im, file)
+        with Image.open(file) as im:
+            if im.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'): raise ValueError(f'{file} has the mode {im.mode!r}, not 8 bits a channel')
+            a = np.array(im.convert('L'))
     except FileNotFoundError: raise
     except OSError as e: raise ValueError(f'{file} cannot be read as an image: {e}') from e
     if a.shape != (28,28): raise ValueError(f'{file} is {a.shape[1]}×{a.shape[0]} pixels, not 28×28')
@@ -180,16 +176,75 @@ def get_digits(
     if valid == 'reference': return Digits(train.images, train.labels, (range(n), range(n)))
     return Digits(torch.cat([train.images, test.images]), torch.cat([train.labels, test.labels]), (range(n), range(n, n+len(test))))
 
-# %% ../nbs/00_data.ipynb #defeb4f7
+# %% ../nbs/00_data.ipynb #54f48f24
+def _values(im):
+    "The values of a PIL image, float32 (H, W, 1) or (H, W, 3); what is transparent lies on black where the rest is light, and on white otherwise"
+    if im.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in im.info:
+        im = im.convert('RGBA')
+        alpha = np.asarray(im.getchannel('A'), np.float32)
+        light = (np.asarray(im.convert('L'))*alpha).sum() > 127.5*alpha.sum()
+        im = Image.alpha_composite(Image.new('RGBA', im.size, (0,0,0) if light else (255,255,255)), im).convert('RGB')
+    elif im.mode not in ('1', 'L', 'I', 'F', 'I;16', 'I;16L', 'I;16B', 'I;16N', 'RGB'): im = im.convert('RGB')
+    a = np.asarray(im, np.float32)
+    return a*255 if im.mode == '1' else a
+
+# %% ../nbs/00_data.ipynb #fbf07e38
+def _ink(im):
+    "How much the pixels of a PIL image differ from its background, float32 (H, W)"
+    if im.width*im.height > (limit := Image.MAX_IMAGE_PIXELS or math.inf): raise ValueError(f'it has {im.width}×{im.height} pixels, more than {limit:,}')
+    im = ImageOps.exif_transpose(im)
+    if (k := max(im.size)//1024) > 1 and im.mode in ('L', 'RGB', 'RGBA', 'F'): im = im.reduce(k)
+    a = _values(im).reshape(im.height, im.width, -1)
+    edge = np.concatenate([a[0], a[-1], a[1:-1,0], a[1:-1,-1]])
+    ink = np.abs(a - np.median(edge, axis=0)).max(-1)
+    if not 0 < ink.max() < np.inf: raise ValueError('it is blank: all its pixels are the same' if ink.max() == 0 else 'its values are not finite')
+    return ink if 254 <= ink.max() <= 255 else ink*(255/ink.max())
+
+# %% ../nbs/00_data.ipynb #6329d5d3
+def _box(mask): # top, bottom, left, right
+    rows,cols = (np.flatnonzero(mask.any(o)) for o in (1, 0))
+    return rows[0],rows[-1]+1,cols[0],cols[-1]+1
+
+def _centre(a): # of mass, down and across
+    return [(a.sum(o)*np.arange(n)).sum()/a.sum() for o,n in zip((1, 0), a.shape)]
+
+def _in_form(ink):
+    "Whether `ink` is as MNIST's images are: all 70,000 are"
+    if ink.shape != (28,28): return False
+    top,bottom,left,right = _box(ink > 0)
+    return 19 <= max(bottom-top, right-left) <= 20 and all(13.48 <= o < 14.52 for o in _centre(ink))
+
+# %% ../nbs/00_data.ipynb #bfca4473
+def mnist_form(
+    image:Image.Image|str|Path, # A picture of one digit, of any size, colours and file format, or its path
+) -> np.ndarray: # uint8, (28, 28)
+    "Bring a picture into MNIST's form; raises `FileNotFoundError`, and `ValueError` for what is no picture or blank"
+    try:
+        if isinstance(image, Image.Image): ink = _ink(image)
+        else:
+            with Image.open(image) as im: ink = _ink(im)
+    except FileNotFoundError: raise
+    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError, ValueError) as e:
+        raise ValueError(f'{"The image" if isinstance(image, Image.Image) else image} cannot be read: {e}') from e
+    if _in_form(ink): return np.floor(ink + 0.5).astype(np.uint8)
+    top,bottom,left,right = map(int, _box(ink > ink.max()/5))
+    scale = 20/max(bottom-top, right-left)
+    h,w = max(1, int(scale*(bottom-top) + 0.5)),max(1, int(scale*(right-left) + 0.5))
+    small = np.asarray(Image.fromarray(ink).resize((w, h), Image.BICUBIC, box=(left, top, right, bottom))).clip(0)
+    y,x = (min(max(math.floor(14.5 - o), 0), 28-n) for o,n in zip(_centre(small), (h, w)))
+    out = np.zeros((28,28), np.float32)
+    out[y:y+h, x:x+w] = small*(255/small.max())
+    return np.floor(out + 0.5).clip(0, 255).astype(np.uint8)
+
+# %% ../nbs/00_data.ipynb #807cee83
 class DigitImage(Transform):
-    "Make a `PILImageBW` of 28×28 pixels from a path, a PIL image, or an array or tensor of bytes"
+    "Make a `PILImageBW` of 28×28 pixels from a path or a PIL image by `mnist_form`, or from an array or tensor of bytes as it is"
     input_types = object
     def encodes(self, o):
-        if isinstance(o, (str,Path)): return PILImageBW.create(_decode(o))
-        if isinstance(o, Image.Image): o = _grey(o, 'The image')
+        if isinstance(o, (str,Path,Image.Image)): o = mnist_form(o)
         shape,dtype = tuple(getattr(o, 'shape', ())),str(getattr(o, 'dtype', type(o).__name__)).split('.')[-1]
         if shape not in ((28,28), (1,28,28)) or dtype != 'uint8':
-            raise ValueError(f'Expected a 28×28 image of uint8, got {dtype} of shape {shape}')
+            raise ValueError(f'Expected a picture, or 28×28 bytes (uint8); got {dtype} of shape {shape}')
         return PILImageBW.create(np.asarray(torch.as_tensor(o).cpu().reshape(28,28)))
 
 # %% ../nbs/00_data.ipynb #b17811da

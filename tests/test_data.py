@@ -164,15 +164,6 @@ def test_what_fastai_users_expect(mnist, tmp_path, capsys):
     assert 'TensorImageBW of size 4x1x28x28' in capsys.readouterr().out
 
 
-def test_images_of_more_than_eight_bits_are_refused(tmp_path):
-    dls = mnist_dls(n_train=64, device='cpu')
-    Image.fromarray(np.full((28,28), 40_000, np.uint16)).save(tmp_path/'deep.png')
-    for o in (Image.new('F', (28,28)), Image.new('I;16', (28,28)), tmp_path/'deep.png'):
-        with pytest.raises(ValueError, match='not 8 bits a channel'): dls.test_dl([o]).one_batch()
-    for mode in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'): assert dls.test_dl([Image.new(mode, (28,28))]).one_batch()[0].shape == (1,1,28,28)
-    with pytest.raises(FileNotFoundError): dls.test_dl([tmp_path/'none.png']).one_batch()
-
-
 def test_item_transforms_switch_to_single_items():
     fast,slow = (mnist_dls(n_train=128, device='cpu', aug_tfms=[], item_tfms=o) for o in (None, lambda o: o))
     assert fast.train.resident and not slow.train.resident

@@ -176,7 +176,7 @@ def test_predict_and_get_preds(trained, mnist):
     torch.testing.assert_close(probs, want, atol=1e-5, rtol=1e-4)
     assert label == str(int(idx)) == str(int(want.argmax()))
     for bad in (torch.zeros(28,28), torch.zeros(3,28,28, dtype=torch.uint8), torch.zeros(32,32, dtype=torch.uint8), 7):
-        with pytest.raises(ValueError, match='Expected a 28×28 image of uint8'): trained.predict(bad)
+        with pytest.raises(ValueError, match='Expected a picture, or 28×28 bytes'): trained.predict(bad)
 
 
 def test_save_load_export(trained, mnist, tmp_path):

@@ -1,7 +1,7 @@
 """Build the documentation in _docs: nbdev processes the notebooks, smalldocs renders them. No network, no Quarto.
 
 (The command nbdev_proc_nbs tries to install Quarto where there is none; the function behind it does not.)"""
-import re, shutil, subprocess
+import base64, hashlib, html, re, shutil, subprocess
 from pathlib import Path
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
@@ -21,6 +21,15 @@ def mend_links(text, depth):
     return re.sub(r'\]\(/(?=[\w/]+\.html)', '](' + '../'*depth, text)
 
 
+def secure(page):
+    "The HTML `page` with a content security policy: what is not of this site, or not in the page as it was built, does not run or load"
+    inline = re.findall(r'<script>(.*?)</script>', page, flags=re.S) + [html.unescape(o) for o in re.findall(r'\son\w+="([^"]*)"', page)]
+    hashes = sorted({f"'sha256-{base64.b64encode(hashlib.sha256(o.encode()).digest()).decode()}'" for o in inline})
+    policy = ("default-src 'self'; connect-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
+              f"script-src 'self' 'unsafe-hashes' {' '.join(hashes)}; object-src 'none'; base-uri 'none'; form-action 'none'")
+    return page.replace('<head>', f'<head><meta http-equiv="Content-Security-Policy" content="{policy}">', 1)
+
+
 def main():
     for o in (proc, docs): shutil.rmtree(o, ignore_errors=True)
     proc_nbs()
@@ -32,6 +41,9 @@ def main():
     quarto.write_text(re.sub(r'(?<=- )[\w/]+\.ipynb', lambda m: number_free(m[0]), quarto.read_text(encoding='utf-8')), encoding='utf-8')
     subprocess.run(['smalldocs', 'render', proc], check=True)
     (proc/'_docs').rename(docs)
+    for f in docs.rglob('*.css'): # the themes ask another host for fonts
+        f.write_text(re.sub(r'@import (url\()?"?https?:[^;]*;', '', f.read_text(encoding='utf-8')), encoding='utf-8')
+    for f in docs.rglob('*.html'): f.write_text(secure(f.read_text(encoding='utf-8')), encoding='utf-8')
 
 
 if __name__ == '__main__': main()

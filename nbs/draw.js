@@ -1,0 +1,197 @@
+'use strict'
+// Read the digit that is drawn on the page. `block3`, the network, comes from block3.js, which `block3_export` writes.
+// An image is {channels, height, width, data}: data is a Float32Array, channel by channel, row by row.
+
+const floats = text => new Float32Array(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer)
+for (const layer of block3.layers)
+  for (const key of ['weight', 'scale', 'shift']) if (layer[key]) layer[key].data = floats(layer[key].data)
+
+function convolve(image, layer) {
+  const [channels, , size] = layer.weight.shape, pad = layer.padding, weight = layer.weight.data
+  const height = image.height + 2*pad - size + 1, width = image.width + 2*pad - size + 1
+  const data = new Float32Array(channels*height*width)
+  let at = 0
+  for (let c = 0; c < channels; c++)
+    for (let from = 0; from < image.channels; from++)
+      for (let dy = -pad; dy < size - pad; dy++)
+        for (let dx = -pad; dx < size - pad; dx++) {
+          const w = weight[at++]
+          for (let y = Math.max(0, -dy); y < Math.min(height, image.height - dy); y++)
+            for (let x = Math.max(0, -dx); x < Math.min(width, image.width - dx); x++)
+              data[(c*height + y)*width + x] += w*image.data[(from*image.height + y + dy)*image.width + x + dx]
+        }
+  return {channels, height, width, data}
+}
+
+// ReLU and BatchNorm, in place
+function activate(image, layer) {
+  const area = image.height*image.width
+  for (let i = 0; i < image.data.length; i++) {
+    if (layer.relu) image.data[i] = Math.max(0, image.data[i])
+    if (layer.scale) image.data[i] = image.data[i]*layer.scale.data[Math.floor(i/area)] + layer.shift.data[Math.floor(i/area)]
+  }
+  return image
+}
+
+function pool(image, size, start, add) {
+  const height = Math.floor(image.height/size), width = Math.floor(image.width/size)
+  const data = new Float32Array(image.channels*height*width).fill(start)
+  for (let c = 0; c < image.channels; c++)
+    for (let y = 0; y < height*size; y++)
+      for (let x = 0; x < width*size; x++) {
+        const to = (c*height + Math.floor(y/size))*width + Math.floor(x/size)
+        data[to] = add(data[to], image.data[(c*image.height + y)*image.width + x])
+      }
+  return {channels: image.channels, height, width, data}
+}
+
+function run(image, layer) {
+  image = activate(convolve(image, layer), layer)
+  if (layer.max_pool) image = pool(image, layer.max_pool, -Infinity, Math.max)
+  if (layer.avg_pool) image = pool(image, layer.avg_pool, 0, (sum, v) => sum + v/layer.avg_pool**2)
+  return image
+}
+
+// Ten probabilities for 28×28 grey values from 0 to 255
+function predict(grey) {
+  const data = Float32Array.from(grey, v => (v/255 - block3.mean)/block3.std)
+  const scores = block3.layers.reduce(run, {channels: 1, height: 28, width: 28, data}).data
+  const top = Math.max(...scores), powers = Array.from(scores, v => Math.exp(v - top))
+  const sum = powers.reduce((a, b) => a + b)
+  return powers.map(v => v/sum)
+}
+
+// What follows is `mnist_form` of mnist_block3/data.py, for grey values: the tests compare the two
+
+const median = values => {
+  const sorted = Array.from(values).sort((a, b) => a - b), n = sorted.length
+  return (sorted[(n - 1) >> 1] + sorted[n >> 1])/2
+}
+
+// top, bottom, left and right of what is over `least`
+function box(ink, height, width, least) {
+  let [top, bottom, left, right] = [height, 0, width, 0]
+  for (let y = 0; y < height; y++)
+    for (let x = 0; x < width; x++)
+      if (ink[y*width + x] > least)
+        [top, bottom, left, right] = [Math.min(top, y), Math.max(bottom, y + 1), Math.min(left, x), Math.max(right, x + 1)]
+  return [top, bottom, left, right]
+}
+
+// centre of mass, down and across
+function centre(ink, height, width) {
+  let [sum, down, across] = [0, 0, 0]
+  ink.forEach((v, i) => { sum += v; down += v*Math.floor(i/width); across += v*(i % width) })
+  return [down/sum, across/sum]
+}
+
+// For each of `to` pixels made of `length`, beginning at `start`: the pixels it is made of and their weights, by Pillow's bicubic filter
+function taps(total, start, length, to) {
+  const scale = length/to, stretch = Math.max(1, scale), reach = 2*stretch
+  const cubic = x => (x = Math.abs(x)) < 1 ? (1.5*x - 2.5)*x*x + 1 : x < 2 ? ((-0.5*x + 2.5)*x - 4)*x + 2 : 0
+  return Array.from({length: to}, (_, i) => {
+    const middle = start + (i + 0.5)*scale
+    const from = Math.max(0, Math.floor(middle - reach + 0.5)), end = Math.min(total, Math.floor(middle + reach + 0.5))
+    const weights = Array.from({length: end - from}, (_, k) => cubic((from + k - middle + 0.5)/stretch))
+    const sum = weights.reduce((a, b) => a + b)
+    return {from, weights: weights.map(v => v/sum)}
+  })
+}
+
+function resize(ink, height, width, [top, bottom, left, right], h, w) {
+  const wide = new Float32Array(height*w), out = new Float32Array(h*w)
+  taps(width, left, right - left, w).forEach(({from, weights}, x) => {
+    for (let y = 0; y < height; y++) wide[y*w + x] = weights.reduce((sum, v, k) => sum + v*ink[y*width + from + k], 0)
+  })
+  taps(height, top, bottom - top, h).forEach(({from, weights}, y) => {
+    for (let x = 0; x < w; x++) out[y*w + x] = weights.reduce((sum, v, k) => sum + v*wide[(from + k)*w + x], 0)
+  })
+  return out.map(v => Math.max(0, v))
+}
+
+// 28×28 grey values in MNIST's form, or null where there is nothing to see
+function mnistForm(grey, height, width) {
+  const edge = grey.filter((_, i) => i < width || i >= (height - 1)*width || i % width === 0 || i % width === width - 1)
+  const paper = median(edge), ink = Float32Array.from(grey, v => Math.abs(v - paper))
+  const most = ink.reduce((a, b) => Math.max(a, b), 0)
+  if (!most) return null
+  if (most < 254) ink.forEach((v, i) => { ink[i] = v*255/most })
+  const round = v => Math.min(255, Math.floor(v + 0.5))
+  if (height === 28 && width === 28) {
+    const [top, bottom, left, right] = box(ink, 28, 28, 0), longest = Math.max(bottom - top, right - left)
+    if (longest >= 19 && longest <= 20 && centre(ink, 28, 28).every(v => v >= 13.48 && v < 14.52)) return Array.from(ink, round)
+  }
+  const around = box(ink, height, width, Math.max(most, 255)/5), [top, bottom, left, right] = around
+  const scale = 20/Math.max(bottom - top, right - left)
+  const [h, w] = [bottom - top, right - left].map(v => Math.max(1, Math.floor(scale*v + 0.5)))
+  const small = resize(ink, height, width, around, h, w), darkest = Math.max(...small), middle = centre(small, h, w)
+  const [y0, x0] = [h, w].map((n, i) => Math.min(Math.max(Math.floor(14.5 - middle[i]), 0), 28 - n))
+  const out = new Array(28*28).fill(0)
+  small.forEach((v, i) => { out[(y0 + Math.floor(i/w))*28 + x0 + i % w] = round(v*255/darkest) })
+  return out
+}
+
+function page(root) {
+  const find = name => root.querySelector('.' + name)
+  const canvas = find('draw-canvas'), seen = find('draw-seen'), said = find('draw-said')
+  const pen = canvas.getContext('2d', {willReadFrequently: true}), small = seen.getContext('2d')
+  const bars = [...root.querySelectorAll('meter')], percents = [...root.querySelectorAll('.draw-percent')]
+  let last = null, waiting = false
+
+  function clear() {
+    pen.fillStyle = 'black'
+    pen.fillRect(0, 0, canvas.width, canvas.height)
+    Object.assign(pen, {strokeStyle: 'white', lineWidth: canvas.width/12, lineCap: 'round', lineJoin: 'round'})
+    look()
+  }
+
+  function look() {
+    waiting = false
+    const pixels = pen.getImageData(0, 0, canvas.width, canvas.height).data
+    const form = mnistForm(pixels.filter((_, i) => i % 4 === 0), canvas.height, canvas.width)
+    const probs = form ? predict(form) : new Array(10).fill(0), digit = probs.indexOf(Math.max(...probs))
+    const image = small.createImageData(28, 28)
+    image.data.forEach((_, i) => { image.data[i] = i % 4 === 3 ? 255 : form ? form[i >> 2] : 0 })
+    small.putImageData(image, 0, 0)
+    bars.forEach((bar, i) => { bar.value = probs[i]; bar.classList.toggle('draw-top', !!form && i === digit) })
+    percents.forEach((o, i) => { o.textContent = form ? `${(100*probs[i]).toFixed(1)} %` : '' })
+    said.textContent = form ? `This is a ${digit} (${(100*probs[digit]).toFixed(1)} %).` : 'Draw a digit.'
+    Object.assign(root, {form, probs})
+    if (form && !performance.getEntriesByName('first-digit').length) performance.mark('first-digit')
+  }
+
+  function line(from, to) {
+    pen.beginPath()
+    pen.moveTo(...from)
+    pen.lineTo(...to)
+    pen.stroke()
+    if (!waiting) { waiting = true; requestAnimationFrame(look) }
+  }
+
+  const place = event => {
+    const frame = canvas.getBoundingClientRect()
+    return [(event.clientX - frame.left)*canvas.width/frame.width, (event.clientY - frame.top)*canvas.height/frame.height]
+  }
+  canvas.addEventListener('pointerdown', event => {
+    if (event.button) return
+    canvas.setPointerCapture(event.pointerId)
+    last = place(event)
+    line(last, last)
+    event.preventDefault()
+  })
+  canvas.addEventListener('pointermove', event => {
+    if (!last) return
+    for (const o of event.getCoalescedEvents?.() || []) { const to = place(o); line(last, to); last = to }
+    const to = place(event)
+    line(last, to)
+    last = to
+  })
+  for (const name of ['pointerup', 'pointercancel']) canvas.addEventListener(name, () => { last = null })
+  find('draw-clear').addEventListener('click', clear)
+
+  clear()
+  const three = [[90, 70], [120, 50], [165, 55], [180, 85], [160, 120], [125, 135], [170, 148], [190, 185], [165, 220], [120, 228], [85, 210]]
+  three.slice(1).forEach((to, i) => line(three[i], to))
+}
+
+document.querySelectorAll('.draw').forEach(page)
