@@ -12,7 +12,7 @@ def main():
     cores = len(os.sched_getaffinity(0))
     p = ArgumentParser(description=__doc__)
     p.add_argument('--rounds', type=int, default=2, help='how often both ways have their turn')
-    p.add_argument('--epochs', type=int, default=7, help='epochs a run; long enough to be compiled')
+    p.add_argument('--epochs', type=int, default=8, help='epochs a run; long enough to be compiled')
     p.add_argument('--out', type=Path, default=here.parent/'nbs'/'results'/'speed'/'jobs-cpu.json')
     a = p.parse_args()
     runs,rows = sweep_grid(['tuned'], range(cores), epochs=a.epochs, valid='holdout', device='cpu'),[]
