@@ -14,7 +14,9 @@ warnings.filterwarnings('ignore', '.*CUDA is not available.*Disabling')
 # %% ../nbs/08_cli.ipynb #4d5085e7
 import argparse, json, os, re, shlex, sys
 from pathlib import Path
-from fastcore.script import anno_parser, call_parse, Param
+from typing import Annotated
+import fastcore.script
+from fastcore.script import anno_parser, call_parse
 from .data import protocols
 from .evaluate import block_report
 from .learner import history
@@ -124,9 +126,13 @@ def block3_sweep(
     if failed: sys.exit(f'block3_sweep: {len(failed)} runs failed, see {study.folder/"failures.csv"}')
 
 # %% ../nbs/08_cli.ipynb #6bfd007d
+_help = 'Pictures of one digit each: files, folders, patterns'
+_pictures = (fastcore.script.Param(_help, str, nargs='+') if hasattr(fastcore.script, 'Param') # fastcore 1
+             else Annotated[str, _help, dict(nargs='+')])
+
 @call_parse
 def block3_predict(
-    images:Param('Pictures of one digit each: files, folders, patterns', str, nargs='+'),
+    images:_pictures,
     weights:str=None, # Safetensors file or run folder; the weights of the package if not given
     json:bool=False, # Write a JSON object a line, with all ten probabilities
 ):
