@@ -23,7 +23,7 @@ with_dev = PATH="$(abspath $(dev_bin)):$$PATH"
 # once, and threads of torch that outnumber the cores wait for each other, so each notebook gets one
 nbdev = $(with_dev) OMP_NUM_THREADS=1 $(if $(wildcard $(dev_bin)/nbdev_$(1)),nbdev_$(1),nbdev-$(subst _,-,$(1)))
 
-.PHONY: help train test test-slow bench readme prepare docs clean
+.PHONY: help train test test-slow bench readme prepare docs docs-serve clean
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
 
@@ -54,6 +54,9 @@ prepare: $(dev_env) ## What to run before a commit: export, clean, test, readme
 
 docs: $(dev_env) ## Build the site in _docs
 	$(with_dev) python tools/docs.py
+
+docs-serve: docs ## Build the site and show it, at http://localhost:8000 or another PORT=
+	$(dev_bin)/python -m http.server $(or $(PORT),8000) --bind 127.0.0.1 --directory _docs
 
 clean: ## Remove what was built: the environment, the site, packages; never your runs
 	rm -rf $(VENV) _proc _docs build dist *.egg-info .pytest_cache

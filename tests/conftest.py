@@ -1,3 +1,5 @@
+import functools, http.server, os, shutil, subprocess, sys, threading
+from pathlib import Path
 import matplotlib
 matplotlib.use('Agg')
 import pytest
@@ -23,3 +25,39 @@ def trained(small_dls):
     learn.remove_cb(ProgressCallback)
     with learn.no_logging(): learn.fit(2)
     return learn
+
+
+@pytest.fixture(scope='session')
+def built():
+    "The folder of the site, built from the notebooks"
+    root = Path(__file__).resolve().parent.parent
+    env = os.environ | {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    subprocess.run([sys.executable, 'tools/docs.py'], cwd=root, env=env, check=True, capture_output=True)
+    return root/'_docs'
+
+
+@pytest.fixture(scope='session')
+def site(built):
+    "The address of the site"
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=built))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+
+
+@pytest.fixture(scope='session')
+def browser(tmp_path_factory):
+    "Chromium without a window, which logs what goes wrong on a page"
+    chromium,driver = (shutil.which(o) for o in ('chromium', 'chromedriver'))
+    if not (chromium and driver): pytest.skip('needs chromium and chromedriver')
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for o in ('headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-background-networking', 'disable-component-update',
+              'disable-sync', f'user-data-dir={tmp_path_factory.mktemp("chromium")}', 'window-size=1200,900'): options.add_argument(f'--{o}')
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
+    b = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield b
+    b.quit()

@@ -1,40 +1,8 @@
 "The page where one draws a digit, in a real browser: what it computes, and what a user does there"
-import functools, http.server, os, shutil, subprocess, sys, threading
-from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
 from mnist_block3.all import browser_layers, load_block3, load_digits, mnist_form, predict_digits
-
-root = Path(__file__).resolve().parent.parent
-chromium,driver = (shutil.which(o) for o in ('chromium', 'chromedriver'))
-pytestmark = pytest.mark.skipif(not (chromium and driver), reason='needs chromium and chromedriver')
-
-
-@pytest.fixture(scope='module')
-def site():
-    "The address of the site, built from the notebooks"
-    env = os.environ | {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
-    subprocess.run([sys.executable, 'tools/docs.py'], cwd=root, env=env, check=True, capture_output=True)
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args): pass
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=root/'_docs'))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_port}'
-    server.shutdown()
-
-
-@pytest.fixture(scope='module')
-def browser(tmp_path_factory):
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for o in ('headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-background-networking', 'disable-component-update',
-              'disable-sync', f'user-data-dir={tmp_path_factory.mktemp("chromium")}', 'window-size=1200,900'): options.add_argument(f'--{o}')
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    b = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield b
-    b.quit()
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ def number_free(name):
 
 
 def mend_links(text, depth):
-    "Links between pages relative, and none to sources that are published nowhere"
+    "Links between pages relative, under the names that the pages have, and none to sources that are published nowhere"
     if not get_config().git_url: text = re.sub(r'\[source\]\([^)]*\)\{[^}]*\}', '', text)
+    text = re.sub(r'\]\(((?:[\w.]+/)*)\d+_(?=\w+\.ipynb)', r'](\1', text)
     return re.sub(r'\]\(/(?=[\w/]+\.html)', '](' + '../'*depth, text)
 
 

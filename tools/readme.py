@@ -35,6 +35,8 @@ def convert(nb):
             if found.get('echo') != 'false' and source: parts.append(f'```python\n{source}\n```')
             parts += [show_output(o, found.get('fig-alt', ''), pictures) for o in cell['outputs']]
     text = '\n\n'.join(o.strip() for o in parts if o.strip())
+    text = re.sub(r'\]\((?=[\w/]+\.ipynb\))', '](nbs/', text)
+    text = re.sub(r'\]\((\w+)\.qmd\)', lambda m: f']({m[1].upper()}.md)', text) # pages that only include a file of the root
     return f'<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->\n\n{text}\n',pictures
 
 
