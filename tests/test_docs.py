@@ -64,7 +64,7 @@ def test_every_page_is_reached_from_the_first(pages, built):
 def test_every_picture_has_a_text_of_its_own(pages):
     "And nothing comes from another host"
     texts = [(p.path.name, o.get('alt')) for p in pages.values() for o in p.images]
-    assert len(texts) > 30
+    assert len(texts) > 25
     assert not [o for o in texts if not o[1] or len(o[1]) < 15]
     assert not [o for p in pages.values() for o in p.sources + [o['src'] for o in p.images] if outside(o) or o.startswith('//')]
 
@@ -80,8 +80,8 @@ def test_names_lead_to_their_entries(pages, built):
 @pytest.mark.parametrize('width,mode', [(1200, 'light'), (390, 'dark')])
 def test_every_page_can_be_read(pages, built, browser, site, width, mode):
     "By axe-core's rules, within the width of the screen, and without an error on the console"
-    from axe_core_python.selenium import Axe
-    faults = []
+    from selenium_axe_python import Axe
+    faults,axe = [],Axe(browser)
     try:
         browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=844, deviceScaleFactor=1, mobile=width < 600))
         browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value=mode)]))
@@ -89,8 +89,11 @@ def test_every_page_can_be_read(pages, built, browser, site, width, mode):
         for page in pages.values():
             name = str(page.path.relative_to(built))
             browser.get(f'{site}/{name}')
-            found = Axe().run(browser, options={'resultTypes': ['violations']})['violations']
-            faults += [(name, o['id'], n['target'][0]) for o in found if o['impact'] in ('serious', 'critical') for n in o['nodes']]
+            axe.inject()
+            found = axe.run(options=json.dumps({'rules': {'scrollable-region-focusable': {'enabled': False}}})) # browsers see to that themselves
+            faults += [(name, o['id'], n['target'][0]) for o in found['violations'] if o['impact'] in ('serious', 'critical') for n in o['nodes']]
+            faults += [(name, o['id'], o['error']) for o in found['incomplete'] if o.get('error')] # axe passes over a rule of its own that fails
+            assert 'color-contrast' in {o['id'] for o in found['passes'] + found['violations']}, name
             if (wide := browser.execute_script('return document.documentElement.scrollWidth')) > width: faults.append((name, 'width', wide))
             faults += [(name, 'console', o['message']) for o in browser.get_log('browser') if o['level'] == 'SEVERE']
     finally:

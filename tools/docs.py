@@ -43,7 +43,7 @@ def main():
     subprocess.run(['smalldocs', 'render', proc], check=True)
     (proc/'_docs').rename(docs)
     for f in docs.rglob('*.css'): # the themes ask another host for fonts
-        f.write_text(re.sub(r'@import (url\()?"?https?:[^;]*;', '', f.read_text(encoding='utf-8')), encoding='utf-8')
+        f.write_text(re.sub(r'@import\s+(url\(\s*)?["\']?https?:[^"\')]*["\']?\s*\)?[^;]*;', '', f.read_text(encoding='utf-8')), encoding='utf-8')
     for f in docs.rglob('*.html'): f.write_text(secure(f.read_text(encoding='utf-8')), encoding='utf-8')
 
 
