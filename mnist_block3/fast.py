@@ -27,6 +27,7 @@ from fastai.losses import BaseLoss
 from fastai.metrics import accuracy, AccumMetric, error_rate
 from fastai.optimizer import OptimWrapper
 from fastai.vision.augment import RandTransform
+from fastprogress.fastprogress import NBMasterBar
 from .data import DigitDL
 
 # %% ../nbs/03_fast.ipynb #43e4fb98
@@ -451,7 +452,8 @@ def _go_plain(self:FastEpoch):
     while hasattr(owner := getattr(logger, '__self__', None), 'old_logger'): logger = owner.old_logger
     if self.said or self.why in ('fast=False', 'the fit is short') or logger is noop: return
     mbar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
-    (mbar.write if mbar else logger)(f"Taking fastai's own training loop: {self.why}")
+    write = print if isinstance(mbar, NBMasterBar) else mbar.write if mbar else logger # the table takes the place of text in a notebook's bar
+    write(f"Taking fastai's own training loop: {self.why}")
     self.said = True
 
 # %% ../nbs/03_fast.ipynb #82dd0d90

@@ -4,6 +4,7 @@ from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
+import fastai.callback.progress
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.data import CollectDataCallback
 from fastai.callback.fp16 import MixedPrecision
@@ -11,6 +12,7 @@ from fastai.callback.hook import ActivationStats
 from fastai.callback.preds import MCDropoutCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.optimizer import Adam, SGD
+from fastprogress.fastprogress import NBMasterBar
 from mnist_block3.all import (block3_learner, Block3, Callback, CrossEntropyLossFlat, CSVLogger, CutMix, CropRotate,
                               DataLoaders, EarlyStoppingCallback, F1Score, FetchPredsCallback, history, JudgeAlso, LabelSmoothingCrossEntropyFlat, Learner,
                               load_learner, MixUp, mnist_dls, NLLLossFlat, noop, OptimWrapper, ParamScheduler, ProgressCallback, Recorder,
@@ -424,6 +426,20 @@ def test_the_reason_is_no_row_of_the_log(tmp_path, capsys):
     learn.fit(1)
     assert "Taking fastai's own training loop: GradientClip listens to before_step" in capsys.readouterr().out
     assert len((tmp_path/'history.csv').read_text().splitlines()) == 2
+
+
+def test_the_reason_stays_in_a_notebook(monkeypatch, capsys):
+    "A notebook's bar shows its table in place of any text that it was given before"
+    class Bar(NBMasterBar):
+        def write(self, line, table=False):
+            assert table, line
+            super().write(line, table)
+    monkeypatch.setattr(fastai.callback.progress, 'master_bar', Bar)
+    learn = make(cbs=lambda: [GradientClip()])
+    learn.add_cb(ProgressCallback())
+    learn.logger = print
+    learn.fit(1)
+    assert "Taking fastai's own training loop: GradientClip listens to before_step" in capsys.readouterr().out
 
 
 def test_evaluation_after_a_fit_keeps_what_ran_it():
