@@ -22,6 +22,12 @@ def mend_links(text, depth):
     return re.sub(r'\]\(/(?=[\w/]+\.html)', '](' + '../'*depth, text)
 
 
+def link_comments(page):
+    "The HTML `page` with the links that nbdev makes of names in the comments of a signature as links"
+    link = lambda comment: re.sub(r'\[`([^`]+)`\]\(([^)]+)\)', r'<a href="\2">\1</a>', comment[0])
+    return re.sub(r'<span class="co">[^<]*</span>', link, page)
+
+
 def secure(page):
     "The HTML `page` with a content security policy: what is not of this site, or not in the page as it was built, does not run or load"
     inline = re.findall(r'<script>(.*?)</script>', page, flags=re.S) + [html.unescape(o) for o in re.findall(r'\son\w+="([^"]*)"', page)]
@@ -44,7 +50,7 @@ def main():
     (proc/'_docs').rename(docs)
     for f in docs.rglob('*.css'): # the themes ask another host for fonts
         f.write_text(re.sub(r'@import\s+(url\(\s*)?["\']?https?:[^"\')]*["\']?\s*\)?[^;]*;', '', f.read_text(encoding='utf-8')), encoding='utf-8')
-    for f in docs.rglob('*.html'): f.write_text(secure(f.read_text(encoding='utf-8')), encoding='utf-8')
+    for f in docs.rglob('*.html'): f.write_text(secure(link_comments(f.read_text(encoding='utf-8'))), encoding='utf-8')
 
 
 if __name__ == '__main__': main()
