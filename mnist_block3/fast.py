@@ -439,7 +439,7 @@ def _build(self:FastEpoch):
             tfms = [as_function(o) for o in dl.after_batch.fs if o.split_idx in (None, dl.split_idx)]
             self.steps = Steps(self.model, self.loss_func, tfms, dl.dataset.items, opt.param_groups, opt.state,
                                dl.n, dl.bs, dl.drop_last, **kwargs)
-            with held_signals(signal.SIGINT): self.steps.prepare()
+            with held_signals(signal.SIGINT, signal.SIGTERM): self.steps.prepare()
             self.signature = _signature(self.learn, **kwargs)
         self.table = epoch_schedule(self.learn, self.steps.n_steps)
     except Exception as e: self.why = f'{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}'
@@ -465,7 +465,7 @@ def _run(self:FastEpoch):
     st.start(dl.get_idxs(), self.table['lr'], self.table['mom'])
     self.n_told,self.learn.n_iter,n,shown = 0,st.n_steps,0,time.perf_counter()
     try:
-        with held_signals(signal.SIGINT) as let:
+        with held_signals(signal.SIGINT, signal.SIGTERM) as let:
             while n < st.n_steps:
                 st(n)
                 n += 1

@@ -74,10 +74,10 @@ def test_runs_get_folders_of_their_own(tmp_path, monkeypatch):
     assert len(list((tmp_path/'runs').iterdir())) == 2
 
 
-def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_run_leaves_what_it_began_with(tmp_path, monkeypatch):
     monkeypatch.setattr('fastai.learner.Learner.fit', lambda *args, **kwargs: 1/0)
     with pytest.raises(ZeroDivisionError): train_run(**few, out=tmp_path/'run')
-    assert list(tmp_path.iterdir()) == []
+    assert [o.name for o in (tmp_path/'run').iterdir()] == ['settings.json']
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):

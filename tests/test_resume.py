@@ -1,0 +1,218 @@
+"A run that dies: at any moment, by any signal, on a full disk; and the one that goes on"
+import errno, json, multiprocessing, os, random, re, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from safetensors.torch import load_file
+from mnist_block3.all import Checkpoint, mnist_dls, new_run_dir, read_checkpoint, read_settings, resume_run, run_files, train_run, write_whole
+from mnist_block3 import run as run_module
+from mnist_block3.cli import block3_train
+
+few = dict(epochs=4, n_train=320, valid='reference', device='cpu')
+fork = multiprocessing.get_context('forkserver')
+fork.set_forkserver_preload(['mnist_block3.all'])
+
+
+def work(folder, recipe):
+    "Begin a run or go on with it, in a process of its own"
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, 'w')
+    if (Path(folder)/'settings.json').exists(): resume_run(folder)
+    else: train_run(folder, recipe=recipe, **few)
+
+
+def weights(folder): return load_file(Path(folder)/'weights.safetensors')
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "Weights at the end of runs that nothing has happened to, and how long they took"
+    made,first = {},fork.Process(target=print) # the server starts with the first
+    first.start()
+    first.join()
+    for recipe in ('reference', 'tuned'):
+        folder,began = tmp_path_factory.mktemp(recipe)/'run',time.perf_counter()
+        p = fork.Process(target=work, args=(folder, recipe))
+        p.start()
+        p.join()
+        assert p.exitcode == 0
+        made[recipe] = weights(folder),time.perf_counter() - began
+    return made
+
+
+def killed_and_resumed(folder, recipe, whole, rng):
+    "Kill a run at random moments until it has ended by itself; how often that was"
+    want,took = whole[recipe]
+    for n in range(100):
+        p = fork.Process(target=work, args=(folder, recipe))
+        p.start()
+        p.join(rng.uniform(0.2, 1.1)*took)
+        alive = p.is_alive()
+        p.kill()
+        p.join()
+        if not alive and p.exitcode == 0: break
+    assert same(weights(folder), want)
+    assert {o.name for o in folder.iterdir()} - {'.checkpoint.pt.tmp'} == set(run_files)
+    return n
+
+
+@pytest.mark.parametrize('recipe', ['reference', 'tuned'])
+def test_killed_at_any_moment(tmp_path, whole, recipe):
+    rng,n,i = random.Random(recipe),0,0
+    while n < 3:
+        n += killed_and_resumed(tmp_path/str(i), recipe, whole, rng)
+        i += 1
+
+
+@pytest.mark.slow
+def test_killed_fifty_times(tmp_path, whole):
+    rng,n,i = random.Random(0),0,0
+    while n < 50:
+        n += killed_and_resumed(tmp_path/str(i), ('reference', 'tuned')[i%2], whole, rng)
+        i += 1
+
+
+def test_resumed_after_each_epoch(tmp_path, monkeypatch, whole):
+    "With what is in memory gone, as after a kill between two epochs, the last one included"
+    save = Checkpoint.save
+    torch.set_num_threads(1)
+    for last in range(1, 5):
+        def stop(self):
+            save(self)
+            if self.epoch + 1 == last: raise KeyboardInterrupt()
+        monkeypatch.setattr(Checkpoint, 'save', stop)
+        with pytest.raises(KeyboardInterrupt): train_run(tmp_path/str(last), **few)
+        monkeypatch.setattr(Checkpoint, 'save', save)
+        assert read_checkpoint(tmp_path/str(last)/'checkpoint.pt')['epoch'] == last
+        learn,folder = resume_run(tmp_path/str(last))
+        assert same(weights(folder), whole['reference'][0])
+        summary = json.loads((folder/'summary.json').read_text())
+        assert (summary['resumed_after'], summary['results']['total']) == (last, 320)
+        assert len((folder/'history.csv').read_text().splitlines()) == 5
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path, capsys):
+    _,folder = train_run(tmp_path/'run', **few | dict(epochs=1))
+    before = {o: o.read_bytes() for o in folder.iterdir()}
+    block3_train.__wrapped__(resume=str(folder))
+    assert 'is finished' in capsys.readouterr().out
+    assert {o: o.read_bytes() for o in folder.iterdir()} == before
+
+
+def test_settings_are_kept(tmp_path, capsys):
+    "And what is not as it was is said"
+    about = dict(json.loads((train_run(tmp_path/'a', **few | dict(epochs=1))[1]/'settings.json').read_text()))
+    folder = new_run_dir(tmp_path/'b')
+    about['versions']['torch'],about['machine']['threads'] = '1.0',3
+    write_whole(folder/'settings.json', json.dumps(about).encode())
+    threads = torch.get_num_threads()
+    try:
+        capsys.readouterr()
+        resume_run(folder)
+        said = capsys.readouterr().out.splitlines()[0]
+        assert re.fullmatch(r'Going on with torch \S+ \(was 1\.0\): the result may differ in its last digits', said)
+        assert torch.get_num_threads() == 3
+    finally: torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(resume='none'), 'none is no run folder: it has no settings.json'),
+    (dict(resume='bad'), 'cannot be read'),
+    (dict(resume='odd'), 'is not of a run'),
+    (dict(resume='wrong'), "valid='tset'"),
+    (dict(resume='none', epochs=3, lr=1.), 'epochs, lr: a run that is resumed keeps the settings'),
+])
+def test_a_mistake_in_resuming(tmp_path, monkeypatch, kwargs, message):
+    monkeypatch.chdir(tmp_path)
+    for name,text in dict(bad='{', odd='[1]', wrong=json.dumps(dict(settings=dict(valid='tset'), began='', versions={}, machine={}))).items():
+        Path(name).mkdir()
+        Path(name, 'settings.json').write_text(text)
+    with pytest.raises(SystemExit) as e: block3_train.__wrapped__(**kwargs)
+    assert e.value.code.startswith('block3_train: ') and message in e.value.code and '\n' not in e.value.code
+
+
+def test_a_folder_has_one_process(tmp_path):
+    folder = new_run_dir(tmp_path/'run')
+    code = f'import fcntl, os, time; fd = os.open({str(folder)!r}, os.O_RDONLY); fcntl.flock(fd, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)'
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) as p:
+        p.stdout.readline()
+        with pytest.raises(ValueError, match='in use by another process'): train_run(folder, **few)
+        p.kill()
+    assert list(folder.iterdir()) == []
+    train_run(folder, **few | dict(epochs=1))
+
+
+@pytest.mark.parametrize('num,code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(tmp_path, num, code):
+    "One line on how to go on, which works"
+    exe = Path(sys.executable).parent/'block3_train'
+    args = ['--epochs', '50', '--n_train', '640', '--valid', 'reference', '--device', 'cpu', '--out', 'a run']
+    p = subprocess.Popen([exe, *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if line.startswith('epoch  2'): break
+    p.send_signal(num)
+    _,err = p.communicate(timeout=60)
+    assert (p.returncode, err) == (code, "block3_train: stopped; go on with: block3_train --resume 'a run'\n")
+    done = read_checkpoint(tmp_path/'a run'/'checkpoint.pt')['epoch']
+    assert done >= 1
+    about = json.loads((tmp_path/'a run'/'settings.json').read_text())
+    assert read_settings(tmp_path/'a run')['settings'] == about['settings']
+
+
+class Full:
+    "A disk on which the write `n` fails: it is full, or cuts it short, or the rename does not work"
+    def __init__(self, n, how): self.left,self.how = n,how
+    def hit(self):
+        self.left -= 1
+        return self.left < 0
+
+    def fsync(self, fd):
+        if self.how == 'full' and self.hit(): raise OSError(errno.ENOSPC, 'No space left on device')
+        return os_fsync(fd)
+
+    def replace(self, a, b):
+        if self.how == 'rename' and self.hit(): raise OSError(errno.EIO, 'Input/output error')
+        return os_replace(a, b)
+
+os_fsync,os_replace = os.fsync,os.replace
+
+
+@pytest.mark.parametrize('how', ['full', 'rename'])
+def test_every_write_may_fail(tmp_path, monkeypatch, how):
+    "One line, no file half written, the last checkpoint as it was; and with room again the run goes on"
+    two = few | dict(epochs=2)
+    want = weights(train_run(tmp_path/'whole', **two)[1])
+    for n in range(30):
+        folder,disk = tmp_path/f'{n}',Full(n, how)
+        monkeypatch.setattr(os, 'fsync', disk.fsync)
+        monkeypatch.setattr(os, 'replace', disk.replace)
+        try: block3_train.__wrapped__(**two, out=str(folder))
+        except SystemExit as e:
+            assert e.code.startswith('block3_train: ') and ('No space left' in e.code or 'Input/output' in e.code) and '\n' not in e.code
+        else: break
+        finally: monkeypatch.undo()
+        assert not [o for o in folder.iterdir() if o.name.endswith('.tmp')]
+        if (folder/'checkpoint.pt').exists(): read_checkpoint(folder/'checkpoint.pt')
+        if (folder/'settings.json').exists(): resume_run(folder)
+        else: train_run(folder, **two)
+        assert same(weights(folder), want), n
+    assert n >= 7, 'settings, two checkpoints, and four files at the end'
+
+
+def test_a_checkpoint_of_another_fit(tmp_path):
+    from mnist_block3.all import block3_learner
+    learn = block3_learner(mnist_dls(valid='reference', n_train=64, device='cpu'))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, cbs=Checkpoint(tmp_path/'c'))
+        with pytest.raises(ValueError, match='is of a fit of 2 epochs, not 3'): learn.fit(3, cbs=Checkpoint(tmp_path/'c', resume=True))
+
+
+def test_no_file_runs_code(tmp_path):
+    import pickle
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'was here'),)
+    for write in (lambda f: torch.save({'epoch': Evil()}, f), lambda f: pickle.dump(Evil(), open(f, 'wb'))):
+        write(tmp_path/'checkpoint.pt')
+        with pytest.raises(ValueError, match='is no checkpoint, or damaged'): read_checkpoint(tmp_path/'checkpoint.pt')
+    assert not (tmp_path/'was here').exists()
