@@ -5,7 +5,7 @@ PYTHON   ?= python3
 VENV     := .venv
 ARGS     ?=
 run_needs := torch torchvision fastai fastcore safetensors matplotlib pandas
-dev_needs := $(run_needs) nbdev pytest sklearn nbconvert smalldocs onnxruntime onnxscript selenium selenium_axe_python
+dev_needs := $(run_needs) nbdev pytest sklearn nbconvert smalldocs onnxruntime onnxscript selenium selenium_axe_python xdist filelock
 bench_needs := $(run_needs) $(if $(filter --all lightning,$(ARGS)),lightning)
 
 # "yes" where the active environment has all modules of $(1), and this checkout as mnist_block3
@@ -20,7 +20,7 @@ dev_bin := $(if $(dev_env),$(VENV)/bin,$(active))
 bench_bin := $(if $(bench_env),$(VENV)/bin,$(active))
 with_dev = PATH="$(abspath $(dev_bin)):$$PATH"
 # nbdev 2 has underscores in the names of its commands, nbdev 3 hyphens; it works on several notebooks at
-# once, and threads of torch that outnumber the cores wait for each other, so each notebook gets one
+# once, as pytest does on tests, and threads of torch that outnumber the cores wait for each other, so each gets one
 nbdev = $(with_dev) OMP_NUM_THREADS=1 $(if $(wildcard $(dev_bin)/nbdev_$(1)),nbdev_$(1),nbdev-$(subst _,-,$(1)))
 
 .PHONY: help train test test-slow bench readme prepare docs docs-serve clean
@@ -35,7 +35,7 @@ train: $(run_env) ## Train 15 epochs on MNIST; options of block3_train in ARGS="
 
 test: $(dev_env) ## Run all notebooks and the tests
 	$(call nbdev,test)
-	$(with_dev) python -m pytest $(ARGS)
+	$(with_dev) OMP_NUM_THREADS=1 python -m pytest -n auto $(ARGS)
 
 test-slow: $(dev_env) ## Run what `make test` leaves out for its length
 	$(call nbdev,test) --flags slow

@@ -1,5 +1,6 @@
 import functools, http.server, os, shutil, subprocess, sys, threading
 from pathlib import Path
+from filelock import FileLock
 import matplotlib
 matplotlib.use('Agg')
 import pytest
@@ -28,11 +29,15 @@ def trained(small_dls):
 
 
 @pytest.fixture(scope='session')
-def built():
-    "The folder of the site, built from the notebooks"
-    root = Path(__file__).resolve().parent.parent
+def built(tmp_path_factory):
+    "The folder of the site, built from the notebooks, once for all processes that run tests"
+    root,shared = Path(__file__).resolve().parent.parent,tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent
     env = os.environ | {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
-    subprocess.run([sys.executable, 'tools/docs.py'], cwd=root, env=env, check=True, capture_output=True)
+    with FileLock(shared/'site.lock'):
+        if not (shared/'site').exists():
+            subprocess.run([sys.executable, 'tools/docs.py'], cwd=root, env=env, check=True, capture_output=True)
+            (shared/'site').touch()
     return root/'_docs'
 
 

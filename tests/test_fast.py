@@ -209,7 +209,7 @@ def worst(pred, targ): return F.nll_loss(pred, targ, reduction='none').max().flo
     (dict(splitter=lambda m: [list(m[1].input_block.parameters()), list(m[1].head.parameters())], fit=lambda o: o.fit(2, lr=slice(1/256, 1/64))), 'fast'),
     (dict(model=lambda: nn.Sequential(Double(), nn.Conv2d(1, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(676, 10), nn.LogSoftmax(1)).double()), 'fast'),
     (dict(cbs=lambda: Recorder(train_metrics=True)), 'plain'),
-], ids=str)
+])
 def test_optimizers_losses_metrics_and_models(device, kwargs, want):
     if device == 'cuda' and getattr(kwargs.get('loss_func'), 'func', None) and kwargs['loss_func'].func.weight is not None: kwargs['loss_func'].func.cuda()
     both(device, want=want, **kwargs)
@@ -231,7 +231,7 @@ class OtherCropRotate(CropRotate):
     (dict(bs=32), 'fast'), (dict(bs=200), 'fast'), (dict(bs=300), 'fast'), (dict(bs=100), 'fast'), (dict(valid='test'), 'fast'),
     (dict(aug_tfms=[Dim()]), 'plain'), (dict(aug_tfms=[KnownDim()]), 'fast'), (dict(aug_tfms=[KnownDim(p=0.5)]), 'plain'),
     (dict(aug_tfms=[OtherCropRotate()]), 'plain'), (dict(item_tfms=Dim(p=1.)), 'plain'),
-], ids=str)
+])
 def test_loaders(device, kwargs, want):
     both(device, want=want, dls=lambda: mnist_dls(**(dict(valid='reference', n_train=200, device=device, aug_tfms=[]) | kwargs)))
 

@@ -148,7 +148,8 @@ def test_signals(tmp_path, num, code):
     "One line on how to go on, which works"
     exe = Path(sys.executable).parent/'block3_train'
     args = ['--epochs', '50', '--n_train', '640', '--valid', 'reference', '--device', 'cpu', '--out', 'a run']
-    p = subprocess.Popen([exe, *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([exe, *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # which a job in the background has not
     for line in p.stdout:
         if line.startswith('epoch  2'): break
     p.send_signal(num)
