@@ -19,6 +19,7 @@ import fastcore.script
 from fastcore.script import anno_parser, call_parse
 from .data import protocols
 from .evaluate import block_report
+from .fast import on_signals
 from .learner import history
 from .predict import exports, find_images, load_block3, predict_files
 from .run import read_settings, recipe_settings, resume_run, run_files, train_run, write_whole
@@ -83,23 +84,23 @@ def block3_train(
     resume:str=None, # Run folder of a run that died, to go on with; it keeps its settings
 ):
     "Train the 7,904-parameter network on MNIST, and keep history, summary, weights and plots in a run folder"
-    args,old = dict(locals()),signal.signal(signal.SIGTERM, _terminate)
+    args = dict(locals())
     others = [k for k,o in inspect.signature(block3_train).parameters.items() if k != 'resume' and args[k] != o.default]
     try:
-        if resume is not None:
-            if others: raise ValueError(f'{", ".join(others)}: a run that is resumed keeps the settings that it began with')
-            learn,folder = resume_run(resume, sys.stdout.isatty())
-        else:
-            more = one_setting(settings, recipe) | {k: v for k,v in dict(lr=lr, mom=mom).items() if v is not None}
-            learn,folder = train_run(out, sys.stdout.isatty(), epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid,
-                                     source=source, device=device, n_train=n_train, bf16=bf16, fast=fast,
-                                     also_reference=also_reference, **more)
+        with on_signals({signal.SIGTERM: _terminate}):
+            if resume is not None:
+                if others: raise ValueError(f'{", ".join(others)}: a run that is resumed keeps the settings that it began with')
+                learn,folder = resume_run(resume, sys.stdout.isatty())
+            else:
+                more = one_setting(settings, recipe) | {k: v for k,v in dict(lr=lr, mom=mom).items() if v is not None}
+                learn,folder = train_run(out, sys.stdout.isatty(), epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid,
+                                         source=source, device=device, n_train=n_train, bf16=bf16, fast=fast,
+                                         also_reference=also_reference, **more)
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'block3_train: {e}')
     except KeyboardInterrupt as e:
         folder = getattr(e, 'run_folder', resume)
         print(f'block3_train: stopped{f"; go on with: block3_train --resume {shlex.quote(str(folder))}" if folder else ""}', file=sys.stderr)
         sys.exit(143 if isinstance(e, Terminated) else 130)
-    finally: signal.signal(signal.SIGTERM, old)
     if learn is None: return print(f'{folder} is finished: there is nothing left to do')
     valid = read_settings(folder)['settings']['valid']
     print(f'\n{block_report(history(learn), measured=protocols[valid])}')

@@ -8,7 +8,8 @@ __all__ = ['mnist_path', 'mnist_sha256', 'protocols', 'n_holdout', 'mean_std', '
            'mnist_block', 'get_device', 'mnist_dls']
 
 # %% ../nbs/00_data.ipynb #4d4e9542
-import gzip, hashlib, math, struct
+import gzip, hashlib, io, math, struct, zlib
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.resources import files
 from numbers import Integral
@@ -41,15 +42,23 @@ mnist_sha256 = {
     't10k-labels-idx1-ubyte.gz': 'f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6'}
 
 # %% ../nbs/00_data.ipynb #60be95f1
-def _read_bytes(path):
-    "The bytes of `path`, unpacked where it is gzip; a bundled file is first held to its SHA-256"
+def _bundled(path):
+    "The bytes of a file of the package, held to its SHA-256"
     raw = path.read_bytes()
-    if path.parent == mnist_path and hashlib.sha256(raw).hexdigest() != mnist_sha256[path.name]:
-        raise ValueError(f'{path} is damaged: its SHA-256 is not the one of MNIST. '
-                         'Reinstall the package: pip install --force-reinstall --no-deps mnist_block3')
-    if raw[:2] != b'\x1f\x8b': return raw
-    try: return gzip.decompress(raw)
-    except (EOFError, OSError, ValueError, struct.error) as e: raise ValueError(f'{path} is not a whole gzip file: {e}') from e
+    if hashlib.sha256(raw).hexdigest() == mnist_sha256[path.name]: return raw
+    raise ValueError(f'{path} is damaged: its SHA-256 is not the one of MNIST. '
+                     'Reinstall the package: pip install --force-reinstall --no-deps mnist_block3')
+
+@contextmanager
+def _unpacked(path):
+    "An open file of the bytes in `path`, unpacked where it is gzip, and how many there can be"
+    with io.BytesIO(_bundled(path)) if path.parent == mnist_path else open(path, 'rb') as f:
+        packed,size = f.read(2) == b'\x1f\x8b',f.seek(0, 2)
+        f.seek(0)
+        if not packed: yield f,size; return
+        try:
+            with gzip.open(f) as g: yield g,max(100*size, 100_000_000)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise ValueError(f'{path} is not a whole gzip file: {e}') from e
 
 # %% ../nbs/00_data.ipynb #6735399c
 def read_idx(
@@ -57,17 +66,19 @@ def read_idx(
     shape:tuple=(), # Shape of one item: `(28, 28)` for images, `()` for labels
 ) -> torch.Tensor: # uint8, (N, *shape)
     "Read an IDX file; raises `ValueError` where its header, its length or its shape is not what it should be"
-    path = Path(path)
-    data,n_dim = _read_bytes(path),1+len(shape)
+    path,n_dim = Path(path),1+len(shape)
     want = f'{n_dim} dimensions of unsigned bytes (magic number {0x800 + n_dim}), {"×".join(map(str, ("N", *shape)))}'
-    if len(data) < 4*(n_dim+1): raise ValueError(f'{path} holds {len(data)} bytes, too few for an IDX header of {want}')
-    magic,*dims = struct.unpack(f'>{n_dim+1}I', data[:4*(n_dim+1)])
-    if magic != 0x800 + n_dim: raise ValueError(f'{path} starts with magic number {magic}, but should hold {want}')
-    if tuple(dims[1:]) != tuple(shape) or dims[0] == 0: raise ValueError(f'{path} holds {"×".join(map(str, dims))} bytes, not {want}')
-    body = np.frombuffer(data, np.uint8, offset=4*(n_dim+1))
-    if len(body) != np.prod(dims, dtype=object):
-        raise ValueError(f'{path} promises {"×".join(map(str, dims))} bytes after its header, but has {len(body)}')
-    return torch.from_numpy(body.reshape(dims).copy())
+    with _unpacked(path) as (f,most):
+        head = f.read(4*(n_dim+1))
+        if len(head) < 4*(n_dim+1): raise ValueError(f'{path} holds {len(head)} bytes, too few for an IDX header of {want}')
+        magic,*dims = struct.unpack(f'>{n_dim+1}I', head)
+        if magic != 0x800 + n_dim: raise ValueError(f'{path} starts with magic number {magic}, but should hold {want}')
+        if tuple(dims[1:]) != tuple(shape) or dims[0] == 0: raise ValueError(f'{path} holds {"×".join(map(str, dims))} bytes, not {want}')
+        n,promise = math.prod(dims),f'{path} promises {"×".join(map(str, dims))} bytes after its header'
+        if n > most: raise ValueError(f'{promise}, more than a file of its size is trusted to hold')
+        body = f.read(n+1)
+    if len(body) != n: raise ValueError(f'{promise}, but has {"more" if len(body) > n else len(body)}')
+    return torch.from_numpy(np.frombuffer(body, np.uint8).reshape(dims).copy())
 
 # %% ../nbs/00_data.ipynb #0ede5726
 class Digits:
@@ -106,16 +117,23 @@ def _read_split(folder, split):
     return Digits(images, labels)
 
 # %% ../nbs/00_data.ipynb #fee654b3
+@contextmanager
+def _opened(image):
+    "A PIL image, or the one in a file, its pixels not yet read; all that Pillow raises for a damaged one becomes a `ValueError`"
+    given = isinstance(image, Image.Image)
+    try:
+        with nullcontext(image) if given else Image.open(image) as im:
+            if im.format == 'EPS': raise ValueError('EPS is a program, and is not run')
+            yield im
+    except FileNotFoundError: raise
+    except Exception as e: raise ValueError(f'{"The image" if given else image} cannot be read: {e}') from e
+
 def _decode(file):
     "The 8-bit grey values of the image in `file`, uint8 (28, 28)"
-    try:
-        with Image.open(file) as im:
-            if im.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'): raise ValueError(f'{file} has the mode {im.mode!r}, not 8 bits a channel')
-            a = np.array(im.convert('L'))
-    except FileNotFoundError: raise
-    except OSError as e: raise ValueError(f'{file} cannot be read as an image: {e}') from e
-    if a.shape != (28,28): raise ValueError(f'{file} is {a.shape[1]}×{a.shape[0]} pixels, not 28×28')
-    return a
+    with _opened(file) as im:
+        if im.size != (28,28): raise ValueError(f'it is {im.width}×{im.height} pixels, not 28×28')
+        if im.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'): raise ValueError(f'it has the mode {im.mode!r}, not 8 bits a channel')
+        return np.array(im.convert('L'))
 
 # %% ../nbs/00_data.ipynb #2702330e
 def _read_images(folder):
@@ -189,11 +207,17 @@ def _values(im):
     return a*255 if im.mode == '1' else a
 
 # %% ../nbs/00_data.ipynb #fbf07e38
+def _reducible(im):
+    "A mode that Pillow can scale down, and that has all that `im` has"
+    if im.mode in ('L', 'RGB', 'RGBA', 'I', 'F'): return im.mode
+    if im.mode in ('LA', 'La', 'PA', 'RGBa') or 'transparency' in im.info: return 'RGBA'
+    return 'L' if im.mode == '1' else 'I' if im.mode.startswith('I') else 'RGB'
+
 def _ink(im):
     "How much the pixels of a PIL image differ from its background, float32 (H, W)"
     if im.width*im.height > (limit := Image.MAX_IMAGE_PIXELS or math.inf): raise ValueError(f'it has {im.width}×{im.height} pixels, more than {limit:,}')
     im = ImageOps.exif_transpose(im)
-    if (k := max(im.size)//1024) > 1 and im.mode in ('L', 'RGB', 'RGBA', 'F'): im = im.reduce(k)
+    if (k := max(im.size)//1024) > 1: im = im.convert(_reducible(im)).reduce(k)
     a = _values(im).reshape(im.height, im.width, -1)
     edge = np.concatenate([a[0], a[-1], a[1:-1,0], a[1:-1,-1]])
     ink = np.abs(a - np.median(edge, axis=0)).max(-1)
@@ -219,13 +243,7 @@ def mnist_form(
     image:Image.Image|str|Path, # A picture of one digit, of any size, colours and file format, or its path
 ) -> np.ndarray: # uint8, (28, 28)
     "Bring a picture into MNIST's form; raises `FileNotFoundError`, and `ValueError` for what is no picture or blank"
-    try:
-        if isinstance(image, Image.Image): ink = _ink(image)
-        else:
-            with Image.open(image) as im: ink = _ink(im)
-    except FileNotFoundError: raise
-    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError, ValueError) as e:
-        raise ValueError(f'{"The image" if isinstance(image, Image.Image) else image} cannot be read: {e}') from e
+    with _opened(image) as im: ink = _ink(im)
     if _in_form(ink): return np.floor(ink + 0.5).astype(np.uint8)
     top,bottom,left,right = map(int, _box(ink > ink.max()/5))
     scale = 20/max(bottom-top, right-left)

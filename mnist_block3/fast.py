@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['compile_steps', 'sgd_step', 'PointwiseAsMatmul', 'as_function', 'batch_pred', 'Steps', 'why_plain', 'epoch_schedule',
-           'held_signals', 'has_compiler', 'FastEpoch']
+           'on_signals', 'held_signals', 'has_compiler', 'FastEpoch']
 
 # %% ../nbs/03_fast.ipynb #f89a65dd
 import os, random, shutil, signal, threading, time
@@ -339,20 +339,27 @@ def epoch_schedule(
 
 # %% ../nbs/03_fast.ipynb #0d11a009
 @contextmanager
+def on_signals(
+    handlers:dict, # What to call with number and frame, for each signal
+):
+    "Handle signals in another way; where Python cannot, outside the main thread, they are left as they are"
+    here = threading.current_thread() is threading.main_thread()
+    old = {o: signal.signal(o, h) for o,h in handlers.items()} if here else {}
+    try: yield
+    finally:
+        for o,h in old.items(): signal.signal(o, h)
+
+@contextmanager
 def held_signals(
     *nums, # Signals to hold back
 ):
     "Hold signals back; call what is yielded where they may be let through"
     came,old = [],{o: h for o in nums if callable(h := signal.getsignal(o))}
-    if threading.current_thread() is not threading.main_thread(): old = {}
     def let():
         while came:
             num,frame = came.pop(0)
             old[num](num, frame)
-    for o in old: signal.signal(o, lambda *args: came.append(args))
-    try: yield let
-    finally:
-        for o,h in old.items(): signal.signal(o, h)
+    with on_signals({o: lambda *args: came.append(args) for o in old}): yield let
     let()
 
 # %% ../nbs/03_fast.ipynb #8f7ed391

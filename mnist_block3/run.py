@@ -8,7 +8,7 @@ __all__ = ['run_files', 'recipes', 'recipe_epochs', 'new_run_dir', 'write_whole'
            'recipe_settings', 'run_settings', 'JudgeAlso', 'train_run', 'read_settings', 'resume_run']
 
 # %% ../nbs/05_run.ipynb #017596a7
-import hashlib, inspect, io, json, math, os, pickle, platform, random, tempfile
+import hashlib, inspect, io, json, math, os, platform, random, tempfile, zipfile
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from functools import partial
@@ -173,7 +173,11 @@ def set_fit_state(
     learn:Learner, # In a fit of as many epochs, at the end of the same epoch
     state:dict, # From `fit_state`
 ):
-    "Put `learn` where another stood"
+    "Put `learn` where another stood; raises `ValueError` for a state that is not of such a fit"
+    try: _set_fit_state(learn, state)
+    except Exception as e: raise ValueError(f'The checkpoint is not of this fit: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
+
+def _set_fit_state(learn, state):
     learn.model.load_state_dict(state['model'])
     learn.opt.load_state_dict(state['opt'])
     _set_random_state(state['random'], learn.dls.device)
@@ -217,11 +221,16 @@ def read_checkpoint(
     file:Path, # Written by `Checkpoint`
 ) -> dict: # As from `fit_state`
     "Read a checkpoint, on the CPU; raises `ValueError` where it is damaged or is something else"
-    try: state = torch.load(file, map_location='cpu', weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as e:
+    try:
+        with zipfile.ZipFile(file) as z: # whose checksums `torch.load` does not look at, and which may hold more than it seems to
+            if any(o.compress_type for o in z.infolist()): raise ValueError('it is compressed')
+            if bad := z.testzip(): raise ValueError(f'the checksum of {bad} is wrong')
+        state = torch.load(file, map_location='cpu', weights_only=True)
+    except FileNotFoundError: raise
+    except Exception as e:
         raise ValueError(f'{file} is no checkpoint, or damaged: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
-    want = {'epoch','n_epoch','train_iter','model','opt','random','loaders','history','recorder','engine'}
-    if not isinstance(state, dict) or set(state) != want: raise ValueError(f'{file} is no checkpoint of a fit')
+    want = dict(epoch=int, n_epoch=int, train_iter=int, model=dict, opt=dict, random=dict, loaders=list, history=list, recorder=dict, engine=str)
+    if not isinstance(state, dict) or set(state) != set(want) or not all(isinstance(state[k], o) for k,o in want.items()): raise ValueError(f'{file} is no checkpoint of a fit')
     return state
 
 # %% ../nbs/05_run.ipynb #f7d4cca2
@@ -349,8 +358,9 @@ def read_settings(
     file = folder/'settings.json'
     try: about = json.loads(file.read_bytes())
     except FileNotFoundError: raise ValueError(f'{folder} is no run folder: it has no settings.json') from None
-    except (OSError, ValueError) as e: raise ValueError(f'{file} cannot be read: {e}') from e
-    if not isinstance(about, dict) or not {'settings','began','versions','machine'} <= set(about): raise ValueError(f'{file} is not of a run')
+    except (OSError, ValueError, RecursionError) as e: raise ValueError(f'{file} cannot be read: {e}') from e
+    want = dict(settings=dict, began=str, versions=dict, machine=dict)
+    if not isinstance(about, dict) or {k: type(about.get(k)) for k in want} != want: raise ValueError(f'{file} is not of a run')
     return about | dict(settings=run_settings(**about['settings']))
 
 def _changes(then, now):
@@ -369,7 +379,7 @@ def resume_run(
     run,threads = about['settings'],about['machine'].get('threads')
     with locked(folder):
         if (folder/'summary.json').is_file(): return None,folder
-        if isinstance(threads, int) and threads > 0: torch.set_num_threads(threads)
+        if isinstance(threads, int) and 0 < threads <= 1024: torch.set_num_threads(threads)
         try: get_device(run['device'])
         except RuntimeError: run = run | dict(device=None)
         learn,fit = _learner(run)

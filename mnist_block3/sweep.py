@@ -88,6 +88,10 @@ def run_alone(
         return {o.name: o.read_bytes() for o in Path(d, 'run').iterdir()}
 
 # %% ../nbs/06_sweep.ipynb #3fa4ef43
+def _read_csv(file):
+    "A table, its floats to the last bit, as Python reads them"
+    return pd.read_csv(file, dtype=dict(run=str), engine='python')
+
 class Study:
     "The tables in `folder`"
     def __init__(self,
@@ -97,10 +101,13 @@ class Study:
     def read(self,
         name:str='study', # 'study', 'epochs', 'mistakes' or 'failures'
     ) -> pd.DataFrame: # Empty where there is no such file yet
-        "A table"
+        "A table; raises `ValueError` where the file is none"
         path = self.folder/f'{name}.csv'
         df = pd.DataFrame(columns=['run'])
-        if path.exists(): df = pd.read_csv(path, dtype=dict(run=str), float_precision='round_trip')
+        if path.exists():
+            try: df = _read_csv(path)
+            except (ValueError, OverflowError) as e: raise ValueError(f'{path} cannot be read: {e}') from e
+            if not {'run','recipe','seed'} <= set(df): raise ValueError(f'{path} is no table of a sweep: it has no run, recipe and seed')
         return df[~df.run.isin(self.done)] if name == 'failures' else df
 
     @property
@@ -161,7 +168,7 @@ def add_run(
     write_whole(weights, files['weights.safetensors'])
     for table,part in (('epochs', 'history.csv'), ('mistakes', 'mistakes.csv')):
         if part not in files: continue
-        new = pd.read_csv(io.BytesIO(files[part]), float_precision='round_trip')
+        new = _read_csv(io.BytesIO(files[part]))
         whose = pd.DataFrame(dict(run=name, recipe=run['recipe'], seed=run['seed']), new.index)
         study.put(table, pd.concat([whose, new], axis=1), done)
     study.put('study', pd.DataFrame([row]), done)

@@ -1,0 +1,59 @@
+"Many fits in one process, and many processes at once"
+import gc, os, subprocess, sys, threading
+from pathlib import Path
+import pytest, torch
+from safetensors.torch import load_file
+from mnist_block3.all import block3_learner
+
+
+def counts():
+    "What may grow: MiB in memory, open files, threads, tensors"
+    gc.collect()
+    mb = int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
+    n_tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    return mb,len(os.listdir('/proc/self/fd')),threading.active_count(),n_tensors
+
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc')
+@pytest.mark.parametrize('recipe', ['fit', 'fit_tuned'])
+def test_two_hundred_fits(small_dls, recipe):
+    "After 40 of them memory grows by less than 16 MiB, and nothing else does"
+    learn,after = None,{}
+    for i in range(200):
+        if i % 20 == 0: learn = block3_learner(small_dls.new() if hasattr(small_dls, 'new') else small_dls)
+        with learn.no_bar(), learn.no_logging(): getattr(learn, recipe)(1)
+        if i in (39, 199): after[i] = counts()
+    (mb,*before),(mb_now,*now) = after.values()
+    assert now == before and mb_now - mb < 16, after
+
+
+@pytest.mark.slow
+def test_two_hundred_compiled_fits(small_dls):
+    "One graph is compiled, once"
+    from torch._dynamo.utils import counters
+    learn,after = block3_learner(small_dls),{}
+    learn.fast_epoch.use_compile,learn.fast_epoch.min_steps = True,0
+    for i in range(200):
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        assert learn.fast_epoch.engine == 'compiled'
+        if i in (39, 199): after[i] = (*counts(), counters['stats']['unique_graphs'])
+    (mb,*before),(mb_now,*now) = after.values()
+    assert now == before and mb_now - mb < 16, after
+
+
+@pytest.mark.slow
+def test_eight_trainings_at_once(tmp_path):
+    "With one compile cache, empty at first: all finish, with the weights of one that was alone"
+    code = 'from mnist_block3 import fast; fast.compile_steps = 0; from mnist_block3.all import train_run; import sys; '\
+           'print(train_run(sys.argv[1], epochs=2, n_train=640, valid="reference", device="cpu")[0].fast_epoch.engine)'
+    env = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path/'cache'), OMP_NUM_THREADS='1')
+    def begin(name): return subprocess.Popen([sys.executable, '-c', code, tmp_path/name], env=env, stdout=subprocess.PIPE, text=True)
+    def end(p):
+        out = p.communicate(timeout=900)[0].split()
+        assert p.returncode == 0 and out[-1] == 'compiled'
+    for p in [begin(f'{i}') for i in range(8)]: end(p)
+    end(begin('alone'))
+    want = load_file(tmp_path/'alone'/'weights.safetensors')
+    for i in range(8):
+        got = load_file(tmp_path/f'{i}'/'weights.safetensors')
+        assert all(torch.equal(got[k], v) for k,v in want.items())

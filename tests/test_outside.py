@@ -1,0 +1,298 @@
+"What comes from outside: a damaged file of any kind ends in a documented error, soon and in little memory, and none is run"
+import gzip, io, json, os, pickle, struct, zipfile, zlib
+from collections import OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+from safetensors.torch import save
+from mnist_block3.all import (block3_learner, Checkpoint, load_block3, load_digits, mnist_dls, mnist_form, read_checkpoint, read_idx,
+                              read_settings, Study, train_run)
+from mnist_block3.cli import block3_export, block3_predict, block3_train
+from mnist_block3.model import weights_path
+from mnist_block3.run import set_fit_state
+
+few = 40 # damaged inputs of each kind in the fast set; the slow set has 100,000 of all kinds together
+
+
+def picture(kind, **kwargs):
+    a,b = np.zeros((40,30), np.uint8),io.BytesIO()
+    a[5:30,12:16] = 250
+    Image.fromarray(a).save(b, kind, **kwargs)
+    return b.getvalue()
+
+
+def idx(a, dims=None):
+    dims = dims or a.shape
+    return struct.pack(f'>{len(dims)+1}I', 0x800 + len(dims), *dims) + a.tobytes()
+
+
+@pytest.fixture(scope='module')
+def learn():
+    learn = block3_learner(mnist_dls(valid='reference', n_train=64, device='cpu'))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return learn
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, learn):
+    "For each kind a loader, the file that it reads and sound contents of it"
+    made = {}
+    def kind(name, load, file, *contents):
+        folder = tmp_path_factory.mktemp('kind')
+        (folder/file).parent.mkdir(exist_ok=True, parents=True)
+        made[name] = load,folder,folder/file,[o if isinstance(o, bytes) else o.encode() for o in contents]
+    digits = np.arange(2*784, dtype=np.uint16).reshape(2,28,28).astype(np.uint8)
+    kind('images', lambda d: read_idx(d/'a', (28,28)), 'a', idx(digits), gzip.compress(idx(digits), mtime=0))
+    kind('labels', lambda d: read_idx(d/'a'), 'a', idx(digits[0,0] % 10), gzip.compress(idx(digits[0,0] % 10), mtime=0))
+    kind('picture', lambda d: mnist_form(d/'a'), 'a', *(picture(o) for o in ('PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WebP', 'PPM', 'ICO', 'TGA', 'PCX')),
+         picture('TIFF', compression='tiff_lzw'))
+    kind('weights', lambda d: load_block3(d/'a'), 'a', weights_path.read_bytes(), save({'a': torch.ones(3)}))
+    run = tmp_path_factory.mktemp('run')/'run'
+    train_run(run, epochs=2, n_train=64, valid='reference', device='cpu')
+    kind('settings', read_settings, 'settings.json', (run/'settings.json').read_bytes())
+    runs = Path(__file__).parent.parent/'nbs'/'results'
+    for name in ('study', 'epochs', 'mistakes'):
+        lines = (runs/f'{name}.csv').read_text().splitlines(True)[:4]
+        kind(name, lambda d, name=name: Study(d).read(name), f'{name}.csv', ''.join(lines))
+    kind('runs of a study', lambda d: Study(d).of('tuned'), 'study.csv', ''.join((runs/'study.csv').read_text().splitlines(True)[:4]))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=Checkpoint(run/'c'))
+        checkpoint = (run/'c').read_bytes()
+    kind('checkpoint', lambda d: set_fit_state(learn, read_checkpoint(d/'a')), 'a', checkpoint)
+    for name,(load,folder,file,contents) in made.items():
+        for o in contents:
+            file.write_bytes(o)
+            try: load(folder)
+            except ValueError: assert (name, o) == ('weights', contents[-1]), name
+    return made
+
+
+kinds = ['images', 'labels', 'picture', 'weights', 'settings', 'study', 'epochs', 'mistakes', 'runs of a study', 'checkpoint']
+where,some_bytes = st.floats(0, 1, exclude_max=True),st.binary(max_size=8)
+nasty = st.sampled_from([b'\xff'*4, b'\xff'*8, b'\x7f' + b'\xff'*7, b'\0'*4, b'\x80', b'NaN', b'-1', b'1e999', b'9'*25, b'"', b'[', b'{', b',', b'\n', b'null'])
+step = st.tuples(st.sampled_from(['cut', 'put', 'over', 'double', 'flip', 'drop']), where, where, st.one_of(some_bytes, nasty))
+
+
+def damaged(data, steps, early):
+    "`data` after some cuts, insertions and so on; `early` ones hit the header"
+    for how,a,b,new in steps:
+        i = int(a*(min(len(data), 200) if early else len(data)))
+        j = min(len(data), i + 1 + int(b*32))
+        if how == 'cut': data = data[:i]
+        elif how == 'put': data = data[:i] + new + data[i:]
+        elif how == 'over': data = data[:i] + new + data[i+len(new):]
+        elif how == 'double': data = data[:j] + data[i:]
+        elif how == 'flip' and i < len(data): data = data[:i] + bytes([data[i] ^ 1 << int(b*8)]) + data[i+1:]
+        elif how == 'drop': data = data[:i] + data[j:]
+    return data
+
+
+@contextmanager
+def little_memory(mb):
+    "At most `mb` MiB more at any time than before"
+    def kb(name): return int(next(o.split()[1] for o in Path('/proc/self/status').read_text().splitlines() if o.startswith(name)))
+    if not Path('/proc/self/clear_refs').exists(): yield; return
+    Path('/proc/self/clear_refs').write_text('5') # the peak is counted from here
+    before = kb('VmRSS')
+    yield
+    assert kb('VmHWM') - before < mb*1024, f'{(kb("VmHWM") - before)//1024} MiB'
+
+
+def fuzz(whole, kind, n):
+    load,folder,file,contents = whole[kind]
+    errors = (ValueError, FileNotFoundError) if kind == 'settings' else ValueError # a source that is not there
+    seen = set()
+    @settings(max_examples=n, deadline=5000, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, len(contents)-1), st.lists(step, min_size=1, max_size=4), st.booleans())
+    def one(which, steps, early):
+        file.write_bytes(damaged(contents[which], steps, early))
+        try: load(folder)
+        except errors as e: seen.add(str(e))
+    with little_memory(400): one()
+    assert seen, 'no damage was seen'
+
+
+@pytest.mark.parametrize('kind', kinds)
+@pytest.mark.filterwarnings('ignore')
+def test_damage(whole, kind): fuzz(whole, kind, few)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', kinds)
+@pytest.mark.filterwarnings('ignore')
+def test_much_damage(whole, kind): fuzz(whole, kind, 100_000//len(kinds))
+
+
+values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=3),
+                   st.dictionaries(st.text(max_size=2), st.integers(), max_size=2), st.just(torch.zeros(3)))
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_state_made_up(whole, learn):
+    "A checkpoint that is whole, but in which any part at any depth is something else"
+    load,folder,file,(sound,) = whole['checkpoint']
+    state,refused = torch.load(io.BytesIO(sound), weights_only=True),[]
+    def changed(o, path, new):
+        if not path or not isinstance(o, (dict, list, tuple)) or not len(o): return new
+        at = int(path[0]*len(o))
+        if isinstance(o, dict): return type(o)((k, changed(v, path[1:], new) if i == at else v) for i,(k,v) in enumerate(o.items()))
+        return type(o)(changed(v, path[1:], new) if i == at else v for i,v in enumerate(o))
+    @settings(max_examples=100, deadline=5000, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.lists(where, min_size=1, max_size=4), values)
+    def one(path, new):
+        torch.save(changed(state, path, new), file)
+        try: load(folder)
+        except ValueError as e: refused.append(e)
+    one()
+    assert len(refused) > 10
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('path', [(), ('settings',), ('machine',), ('versions',)])
+def test_settings_made_up(whole, path):
+    "A settings.json in which any value is something else"
+    load,folder,file,(sound,) = whole['settings']
+    about = json.loads(sound)
+    @settings(max_examples=100, deadline=5000, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(where, st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2), st.just({})))
+    def one(a, new):
+        made = json.loads(sound)
+        part = made
+        for k in path: part = part[k]
+        part[list(part)[int(a*len(part))]] = new
+        file.write_text(json.dumps(made))
+        try: load(folder)
+        except (ValueError, FileNotFoundError): pass
+    one()
+
+
+def test_promises_too_large(tmp_path):
+    "A header that promises 4 billion images"
+    for name,data in dict(a=idx(np.zeros(0, np.uint8), (2**32-1,28,28)), b=gzip.compress(idx(np.zeros(0, np.uint8), (2**32-1,28,28)))).items():
+        (tmp_path/name).write_bytes(data)
+        with little_memory(20), pytest.raises(ValueError, match='promises 4294967295×28×28 bytes after its header, more than'): read_idx(tmp_path/name, (28,28))
+    (tmp_path/'w').write_bytes(struct.pack('<Q', 2**40) + b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}')
+    with little_memory(20), pytest.raises(ValueError, match='does not hold the weights'): load_block3(tmp_path/'w')
+
+
+@pytest.mark.parametrize('n', [10, 1_000_000])
+def test_gzip_bomb(tmp_path, n):
+    "784 MB of zeros in 0.8 MB, after a header that promises them or that does not"
+    pack,parts = zlib.compressobj(1, wbits=31),[]
+    parts.append(pack.compress(idx(np.zeros(0, np.uint8), (n,28,28))))
+    parts += [pack.compress(bytes(784*10_000)) for _ in range(100)]
+    (tmp_path/'bomb').write_bytes(b''.join(parts) + pack.flush())
+    with little_memory(50), pytest.raises(ValueError, match='but has more' if n == 10 else 'more than a file of its size'): read_idx(tmp_path/'bomb', (28,28))
+
+
+def huge_png(side):
+    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(bytes(side))) + chunk(b'IEND', b'')
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('side', [60_000, 10_000])
+def test_huge_picture(tmp_path, side):
+    for split in ('training', 'testing'):
+        (tmp_path/split/'3').mkdir(parents=True)
+        (tmp_path/split/'3'/'a.png').write_bytes(huge_png(side))
+    with little_memory(20):
+        with pytest.raises(ValueError, match='cannot be read: .*pixels'): mnist_form(tmp_path/'training'/'3'/'a.png')
+        with pytest.raises(ValueError, match='cannot be read: .*pixels'): load_digits(tmp_path)
+
+
+@pytest.mark.parametrize('mode', ['1', 'P', 'I;16', 'LA', 'CMYK', 'L', 'RGBA'])
+def test_large_picture(tmp_path, mode):
+    "It is scaled down before it is looked at, whatever its mode, and takes at most 16 bytes a pixel"
+    im = Image.new('L', (5000,5000), 0)
+    im.paste(255, (2000,1000,2500,4000))
+    im = im.convert('I').convert('I;16') if mode == 'I;16' else im.convert(mode)
+    im.save(tmp_path/'a.tif', compression='tiff_lzw')
+    small = Image.new('L', (1000,1000), 0)
+    small.paste(255, (400,200,500,800))
+    with little_memory(16*25_000_000/2**20): form = mnist_form(tmp_path/'a.tif')
+    assert np.abs(form.astype(int) - mnist_form(small)).max() <= 24
+
+
+def test_postscript_is_not_run(tmp_path):
+    Image.new('RGB', (40,40)).save(tmp_path/'a.eps')
+    with pytest.raises(ValueError, match='EPS is a program, and is not run'): mnist_form(tmp_path/'a.eps')
+
+
+def test_json_too_deep(tmp_path):
+    (tmp_path/'settings.json').write_text('['*200_000)
+    with pytest.raises(ValueError, match='settings.json cannot be read'): read_settings(tmp_path)
+
+
+def test_checkpoint_that_is_compressed(tmp_path, whole):
+    "A zip file may hold a thousand times its size"
+    with zipfile.ZipFile(io.BytesIO(whole['checkpoint'][3][0])) as a, zipfile.ZipFile(tmp_path/'c', 'w', zipfile.ZIP_DEFLATED) as b:
+        for o in a.namelist(): b.writestr(o, a.read(o))
+        b.writestr('archive/data/999', bytes(300_000_000))
+    with little_memory(50), pytest.raises(ValueError, match='it is compressed'): read_checkpoint(tmp_path/'c')
+
+
+class Evil:
+    "Makes a folder where it is unpickled"
+    def __init__(self, mark): self.mark = str(mark)
+    def __reduce__(self): return os.mkdir, (self.mark,)
+
+
+def as_pickle(o): return pickle.dumps(o)
+def as_torch(o):
+    b = io.BytesIO()
+    torch.save({'epoch': o, **OrderedDict(model=o)}, b)
+    return b.getvalue()
+def as_numpy(o):
+    b = io.BytesIO()
+    np.save(b, np.array([o], dtype=object), allow_pickle=True)
+    return b.getvalue()
+
+
+def plant(folder, names, data):
+    for o in names:
+        (folder/o).parent.mkdir(parents=True, exist_ok=True)
+        (folder/o).write_bytes(data)
+
+
+four = 'train-images-idx3-ubyte','train-labels-idx1-ubyte','t10k-images-idx3-ubyte','t10k-labels-idx1-ubyte.gz'
+places = {
+    'source of IDX files':  (four, lambda d: load_digits(d)),
+    'source of images':     (('training/1/a.png', 'testing/1/a.png'), lambda d: mnist_dls(d)),
+    'source on the console': (four, lambda d: block3_train.__wrapped__(source=str(d), out=str(d/'out'))),
+    'weights':              (('w',), lambda d: load_block3(d/'w')),
+    'weights of a run':     (('weights.safetensors',), lambda d: load_block3(d)),
+    'weights to export':    (('w',), lambda d: block3_export.__wrapped__(str(d/'w'), 'js', str(d/'out'))),
+    'weights to predict with': (('w',), lambda d: block3_predict.__wrapped__([str(d)], str(d/'w'))),
+    'picture':              (('a.png',), lambda d: mnist_form(d/'a.png')),
+    'pictures on the console': (('a.png',), lambda d: block3_predict.__wrapped__([str(d/'a.png')])),
+    'settings of a run':    (('settings.json',), lambda d: block3_train.__wrapped__(resume=str(d))),
+    'study':                (('study.csv',), lambda d: Study(d).read()),
+    'failures':             (('failures.csv',), lambda d: Study(d).read('failures')),
+    'checkpoint':           (('c',), lambda d: read_checkpoint(d/'c')),
+}
+
+@pytest.mark.parametrize('form', [as_pickle, as_torch, as_numpy])
+@pytest.mark.parametrize('place', places)
+def test_nothing_is_unpickled(tmp_path, monkeypatch, place, form):
+    names,load = places[place]
+    data = form(Evil(tmp_path/'was run'))
+    try: np.load(io.BytesIO(data), allow_pickle=True) if form is as_numpy else torch.load(io.BytesIO(data), weights_only=False)
+    except Exception: pass
+    assert (tmp_path/'was run').exists() or form is as_pickle, 'what is planted works'
+    if (tmp_path/'was run').exists(): (tmp_path/'was run').rmdir()
+    plant(tmp_path/'d', names, data)
+    with pytest.raises((ValueError, SystemExit)): load(tmp_path/'d')
+    assert not (tmp_path/'was run').exists()
+
+
+@pytest.mark.parametrize('form', [as_pickle, as_torch])
+def test_nothing_is_unpickled_on_resuming(tmp_path, form):
+    data = form(Evil(tmp_path/'was run'))
+    run = dict(epochs=2, n_train=64, valid='reference', device='cpu')
+    folder = train_run(tmp_path/'run', **run)[1]
+    (folder/'summary.json').unlink()
+    plant(folder, ['checkpoint.pt'], data)
+    with pytest.raises(SystemExit, match='checkpoint.pt is no checkpoint, or damaged'): block3_train.__wrapped__(resume=str(folder))
+    assert not (tmp_path/'was run').exists()
