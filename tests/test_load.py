@@ -20,7 +20,7 @@ def test_two_hundred_fits(small_dls, recipe):
     "After 40 of them memory grows by less than 16 MiB, and nothing else does"
     learn,after = None,{}
     for i in range(200):
-        if i % 20 == 0: learn = block3_learner(small_dls.new() if hasattr(small_dls, 'new') else small_dls)
+        if i % 20 == 0: learn = block3_learner(small_dls)
         with learn.no_bar(), learn.no_logging(): getattr(learn, recipe)(1)
         if i in (39, 199): after[i] = counts()
     (mb,*before),(mb_now,*now) = after.values()
