@@ -112,3 +112,14 @@ def test_the_search_finds_a_name(browser, site):
     next(o for o in hits if '/data.html#' in o.get_attribute('href')).click()
     entry = WebDriverWait(browser, 5).until(lambda b: b.find_element('css selector', ':target'))
     assert 'data.html#' in browser.current_url and entry.is_displayed()
+
+
+def test_each_promise_is_held_by_a_test():
+    "A table row names tests, and each of them is there"
+    root = Path(__file__).parent
+    rows = [o for o in (root.parent/'nbs'/'promises.qmd').read_text().splitlines() if o.startswith('| ') and not o.startswith('| Promise')]
+    for row in rows:
+        named = re.findall(r'`(test_\w+\.py)(?:::(\w+))?`', row.split('|')[2])
+        assert named or '.ci/run' in row, row
+        for file,test in named: assert not test or re.search(rf'^def {test}\(', (root/file).read_text(), re.M), test
+    assert len(rows) > 10

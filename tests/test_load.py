@@ -1,5 +1,5 @@
 "Many fits in one process, and many processes at once"
-import gc, os, subprocess, sys, threading
+import ctypes, gc, os, platform, subprocess, sys, threading
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
@@ -9,25 +9,27 @@ from mnist_block3.all import block3_learner
 def counts():
     "What may grow: MiB in memory, open files, threads, tensors"
     gc.collect()
+    ctypes.CDLL('libc.so.6').malloc_trim(0) # what is free is given back, so that it is not counted
     mb = int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
     n_tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
     return mb,len(os.listdir('/proc/self/fd')),threading.active_count(),n_tensors
 
 
-@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc')
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs malloc_trim')
 @pytest.mark.parametrize('recipe', ['fit', 'fit_tuned'])
 def test_two_hundred_fits(small_dls, recipe):
-    "After 40 of them memory grows by less than 16 MiB, and nothing else does"
+    "After 40 of them memory grows by less than 4 MiB, and nothing else does"
     learn,after = None,{}
     for i in range(200):
         if i % 20 == 0: learn = block3_learner(small_dls)
         with learn.no_bar(), learn.no_logging(): getattr(learn, recipe)(1)
         if i in (39, 199): after[i] = counts()
     (mb,*before),(mb_now,*now) = after.values()
-    assert now == before and mb_now - mb < 16, after
+    assert now == before and mb_now - mb < 4, after
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs malloc_trim')
 def test_two_hundred_compiled_fits(small_dls):
     "One graph is compiled, once"
     from torch._dynamo.utils import counters
@@ -38,7 +40,7 @@ def test_two_hundred_compiled_fits(small_dls):
         assert learn.fast_epoch.engine == 'compiled'
         if i in (39, 199): after[i] = (*counts(), counters['stats']['unique_graphs'])
     (mb,*before),(mb_now,*now) = after.values()
-    assert now == before and mb_now - mb < 16, after
+    assert now == before and mb_now - mb < 4, after
 
 
 @pytest.mark.slow
