@@ -30,7 +30,7 @@ setup(
     packages=find_packages(include=[f'{cfg["lib_path"]}*']),
     package_data={cfg['lib_path']: lines('package_data')},
     install_requires=lines('requirements'),
-    extras_require={o: lines(f'{o}_requirements') for o in ('dev', 'bench', 'sweep', 'onnx')},
+    extras_require={o: lines(f'{o}_requirements') for o in ('dev', 'bench', 'sweep', 'distributed', 'onnx')},
     entry_points={
         'console_scripts': lines('console_scripts'),
         'nbdev': [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d'],

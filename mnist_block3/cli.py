@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated
 import fastcore.script
 from fastcore.script import anno_parser, call_parse
+from fastai.torch_core import rank_distrib
 from .data import protocols
 from .evaluate import block_report
 from .fast import on_signals
@@ -85,6 +86,7 @@ def block3_train(
 ):
     "Train the 7,904-parameter network on MNIST, and keep history, summary, weights and plots in a run folder"
     args = dict(locals())
+    first = rank_distrib() == 0 # of the processes of a launcher, where there are several
     others = [k for k,o in inspect.signature(block3_train).parameters.items() if k != 'resume' and args[k] != o.default]
     try:
         with on_signals({signal.SIGTERM: _terminate}):
@@ -99,8 +101,10 @@ def block3_train(
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'block3_train: {e}')
     except KeyboardInterrupt as e:
         folder = getattr(e, 'run_folder', resume)
-        print(f'block3_train: stopped{f"; go on with: block3_train --resume {shlex.quote(str(folder))}" if folder else ""}', file=sys.stderr)
+        go_on = f'; go on with: block3_train --resume {shlex.quote(str(folder))}' if folder else ''
+        if first: print(f'block3_train: stopped{go_on}', file=sys.stderr)
         sys.exit(143 if isinstance(e, Terminated) else 130)
+    if not first: return
     if learn is None: return print(f'{folder} is finished: there is nothing left to do')
     valid = read_settings(folder)['settings']['valid']
     print(f'\n{block_report(history(learn), measured=protocols[valid])}')

@@ -26,7 +26,7 @@ from fasttransform import Transform
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import get_image_files, IntToFloatTensor, ItemGetter, Normalize, ToTensor
-from fastai.torch_core import default_device, TensorCategory, TensorImage, TensorImageBW
+from fastai.torch_core import default_device, TensorCategory, TensorImage, TensorImageBW, to_detach
 from fastai.vision.augment import RandTransform
 from fastai.vision.core import PILImageBW
 import fastai.vision.data # for what it adds to fastai: images in `show_batch`
@@ -268,6 +268,8 @@ class DigitImage(Transform):
 # %% ../nbs/00_data.ipynb #b17811da
 class DigitDL(TfmdDL):
     "A `TfmdDL` that takes each batch by index from the tensors of its `Digits`"
+    shard = 0,1 # which process's share of each batch, of how many
+
     @delegates(TfmdDL.__init__)
     def __init__(self,
         dataset, # `Datasets` over `Digits`, or over anything that `DigitImage` takes
@@ -290,8 +292,18 @@ class DigitDL(TfmdDL):
         if self.resident: self.dataset.items = self.dataset.items.to(self.device)
 
     def create_batches(self, samps):
-        if not self.resident: yield from super().create_batches(samps)
-        else: yield from map(self.take, chunked(samps, self.bs, self.drop_last))
+        if self.resident: yield from map(self.take, map(self.share, chunked(samps, self.bs, self.drop_last)))
+        elif self.shard == (0,1): yield from super().create_batches(samps)
+        else: yield from (self.do_batch([self.do_item(i) for i in self.share(o)]) for o in chunked(samps, self.bs, self.drop_last))
+
+    def share(self,
+        idxs:list, # A batch of all processes
+    ) -> list: # This process's; never empty, so that all take each step
+        "Every so manieth of `idxs`"
+        rank,n = self.shard
+        return idxs[rank::n] or idxs[:1]
+
+    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False) # nobody else has a part of `b`
 
     def take(self,
         idxs:list, # Which items

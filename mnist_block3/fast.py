@@ -267,6 +267,7 @@ def _why_not_dl(dl):
     "Why the loader `dl` needs fastai's loop, or `None`"
     if type(dl) is not DigitDL or not dl.resident or dl.n_inp != 1 or len(dl.dataset.tls) != 2:
         return f'{type(dl).__name__} does not take whole batches by index'
+    if dl.shard != DigitDL.shard: return 'several processes share each batch'
     own = (set(dl._methods) - {'after_item','before_batch','after_batch'}) & set(vars(dl))
     if own: return f'the loader has a {", ".join(sorted(own))} of its own'
     if not len(dl): return 'there are no batches'

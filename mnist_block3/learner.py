@@ -26,6 +26,7 @@ from fastai.learner import Learner
 from fastai.losses import BaseLoss
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import get_model
 from fastai.vision.augment import RandTransform
 from .data import _check_count, Distort
 from .fast import FastEpoch
@@ -209,12 +210,13 @@ class PreciseBN(Callback):
     "After the last step, take BatchNorm's statistics from all training images, without dropout and random batch transforms"
     def after_train(self):
         if self.epoch + 1 < self.n_epoch: return
-        dl,twin = self.dls.train,deepcopy(self.model)
+        dl,model = self.dls.train,get_model(self.model)
+        twin = deepcopy(model)
         if isinstance(dl, TfmdDL): dl = dl.new(shuffle=False, drop_last=False, after_batch=_not_random(dl.after_batch))
         for m in twin.modules():
             if isinstance(m, _DropoutNd): m.p = 0.
         update_bn(dl, twin, next(twin.parameters()).device)
-        self.model.load_state_dict(twin.state_dict())
+        model.load_state_dict(twin.state_dict())
 
 # %% ../nbs/02_learner.ipynb #51f213a0
 def tuned_cbs(

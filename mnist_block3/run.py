@@ -22,7 +22,7 @@ from safetensors.torch import save
 from fastcore.meta import delegates
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Learner
-from fastai.torch_core import set_seed
+from fastai.torch_core import get_model, num_distrib, rank_distrib, set_seed
 from . import __version__
 from .data import _check_choice, _check_count, _check_source, get_device, mnist_dls, mnist_path, protocols
 from .learner import _check_reference, block3_learner, history, tuned_cbs
@@ -103,8 +103,8 @@ def run_environment(
     libs = {o: version(o) for o in ('torch', 'torchvision', 'fastai', 'fastcore')}
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name()
     return dict(versions={'python': platform.python_version(), **libs, 'mnist_block3': __version__, 'code': code_hash()},
-                machine=dict(device=str(device), device_name=name, threads=torch.get_num_threads(), cores=os.cpu_count(),
-                             platform=platform.platform()))
+                machine=dict(device=str(device), device_name=name, threads=torch.get_num_threads(), processes=max(1, num_distrib()),
+                             cores=os.cpu_count(), platform=platform.platform()))
 
 # %% ../nbs/05_run.ipynb #aedfeec9
 def run_results(
@@ -164,7 +164,7 @@ def fit_state(
     rec = learn.recorder
     recorded = dict(values=_plain(rec.values), lrs=_plain(rec.lrs), iters=_plain(rec.iters), losses=torch.tensor([float(o) for o in rec.losses]),
                     smooth=(float(rec.smooth_loss.val), rec.smooth_loss.count))
-    return dict(epoch=learn.epoch+1, n_epoch=learn.n_epoch, train_iter=learn.train_iter, model=learn.model.state_dict(),
+    return dict(epoch=learn.epoch+1, n_epoch=learn.n_epoch, train_iter=learn.train_iter, model=get_model(learn.model).state_dict(),
                 opt=learn.opt.state_dict(), random=_random_state(learn.dls.device), loaders=[o.rng.getstate() for o in learn.dls.loaders],
                 history=_plain(learn.history.rows), recorder=recorded, engine=learn.fast_epoch.engine)
 
@@ -178,7 +178,7 @@ def set_fit_state(
     except Exception as e: raise ValueError(f'The checkpoint is not of this fit: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
 def _set_fit_state(learn, state):
-    learn.model.load_state_dict(state['model'])
+    get_model(learn.model).load_state_dict(state['model'])
     learn.opt.load_state_dict(state['opt'])
     _set_random_state(state['random'], learn.dls.device)
     for dl,rng in zip(learn.dls.loaders, state['loaders']): dl.rng.setstate(rng)
@@ -212,6 +212,7 @@ class Checkpoint(Callback):
         elif self.epoch == self.n_done - 1: set_fit_state(self.learn, self.resumed)
 
     def save(self):
+        if rank_distrib(): return
         buffer = io.BytesIO()
         torch.save(fit_state(self.learn), buffer)
         write_whole(self.file, buffer.getvalue())
@@ -307,6 +308,22 @@ class JudgeAlso(Callback):
         self.history.rows[-1] |= dict(reference_correct=int(n_right), reference_total=self.judged_dl.n)
 
 # %% ../nbs/05_run.ipynb #ebe5557f
+def _join(device):
+    "Be one of the processes that a launcher has started, where there are several"
+    if num_distrib() < 2: return
+    try: from mnist_block3.distributed import join_processes
+    except ImportError: raise ValueError("A run over several processes needs Accelerate: pip install 'mnist_block3[distributed]'") from None
+    join_processes(device)
+
+def _from_first(f):
+    "The path that `f` returns in the first process, which alone calls it"
+    if num_distrib() < 2: return f()
+    path = [None if rank_distrib() else str(f())]
+    torch.distributed.broadcast_object_list(path)
+    return Path(path[0])
+
+def _first_locks(folder): return nullcontext() if rank_distrib() else locked(folder)
+
 def _learner(run):
     "A learner as the settings `run` have it, and its `fit`"
     settings = {k: run[k] for k in recipe_settings(run['recipe'])}
@@ -318,11 +335,12 @@ def _learner(run):
 
 def _fit(learn, fit, folder, about, bar):
     "Do what is left of a run, and keep what comes of it"
-    run,began = about['settings'],datetime.now(timezone.utc)
+    run,began,first = about['settings'],datetime.now(timezone.utc),rank_distrib() == 0
     keep = Checkpoint(folder/'checkpoint.pt', resume=True)
     try:
-        with nullcontext() if bar else learn.no_bar(), learn.no_logging():
-            fit(run['epochs'], cbs=[JudgeAlso()]*run['also_reference'] + [EpochLines(run['valid']), keep])
+        with learn.distrib_ctx() if num_distrib() > 1 else nullcontext(), nullcontext() if bar else learn.no_bar(), learn.no_logging():
+            fit(run['epochs'], cbs=[JudgeAlso()]*run['also_reference'] + [EpochLines(run['valid'])]*first + [keep])
+        if not first: return learn,folder
         seconds = (datetime.now(timezone.utc) - began).total_seconds()
         engine = keep.resumed['engine'] if keep.n_done == run['epochs'] else learn.fast_epoch.engine
         if keep.n_done and engine != keep.resumed['engine']: print(f'The first epochs were run by: {keep.resumed["engine"]}, these by: {engine}')
@@ -343,11 +361,12 @@ def train_run(
 ) -> tuple[Learner,Path]: # The trained learner, and its run folder
     "Train by a recipe, and keep the run in a folder; all settings are checked before anything is written"
     run = run_settings(**kwargs)
+    _join(run['device'])
     learn,fit = _learner(run)
-    folder = new_run_dir(out)
-    with locked(folder):
+    folder = _from_first(partial(new_run_dir, out))
+    with _first_locks(folder):
         about = dict(settings=run, began=datetime.now(timezone.utc).isoformat(timespec='seconds')) | run_environment(learn.dls.device)
-        write_whole(folder/'settings.json', json.dumps(about, indent=2).encode())
+        if not rank_distrib(): write_whole(folder/'settings.json', json.dumps(about, indent=2).encode())
         return _fit(learn, fit, folder, about, bar)
 
 # %% ../nbs/05_run.ipynb #5e049497
@@ -365,7 +384,7 @@ def read_settings(
 
 def _changes(then, now):
     "What is not as it was, in words"
-    names = [('versions', o) for o in ('torch','fastai','code')] + [('machine', o) for o in ('device','device_name','threads')]
+    names = [('versions', o) for o in ('torch','fastai','code')] + [('machine', o) for o in ('device','device_name','threads','processes')]
     return ', '.join(f'{k} {now[part][k]} (was {then[part].get(k)})' for part,k in names if now[part][k] != then[part].get(k))
 
 # %% ../nbs/05_run.ipynb #acf2d50f
@@ -377,11 +396,13 @@ def resume_run(
     folder = Path(folder).expanduser()
     about = read_settings(folder)
     run,threads = about['settings'],about['machine'].get('threads')
-    with locked(folder):
+    with _first_locks(folder):
         if (folder/'summary.json').is_file(): return None,folder
         if isinstance(threads, int) and 0 < threads <= 1024: torch.set_num_threads(threads)
         try: get_device(run['device'])
         except RuntimeError: run = run | dict(device=None)
+        _join(run['device'])
         learn,fit = _learner(run)
-        if changes := _changes(about, run_environment(learn.dls.device)): print(f'Going on with {changes}: the result may differ in its last digits')
+        changes = _changes(about, run_environment(learn.dls.device))
+        if changes and not rank_distrib(): print(f'Going on with {changes}: the result may differ in its last digits')
         return _fit(learn, fit, folder, about | dict(settings=run), bar)
