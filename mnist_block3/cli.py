@@ -126,7 +126,7 @@ def block3_sweep(
     fast:bool=True, # Never let FastEpoch run the epochs
     also_reference:bool=False, # Judge each epoch also as the reference did, on its training images
     out:str='sweep', # Folder of the tables; what is in them is not done again
-    jobs:int=None, # Runs at once; one a core if not given, or one on a GPU
+    jobs:int=None, # Runs at once, or with Ray on each GPU; one a core if not given, or one on a GPU
     threads:int=None, # Threads a run; cores divided by jobs if not given
     retries:int=1, # How often a failed run is tried again
     ray:bool=False, # Have the runs done by Ray

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['join_processes', 'DataParallelTrainer']
 
-# %% ../nbs/09_distributed.ipynb #d1ed7a93
+# %% ../nbs/09_distributed.ipynb #296b109e
 from datetime import timedelta
 import torch
 from torch import distributed
-from fastcore.basics import noop, patch
+from fastcore.basics import patch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
-from fastai.torch_core import find_bs, get_model, num_distrib, rank_distrib
+from fastai.torch_core import rank_distrib
 from accelerate import PartialState
 from fastai.distributed import DistributedTrainer
 from .data import DigitDL

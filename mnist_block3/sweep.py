@@ -201,16 +201,16 @@ def _local(jobs, threads):
         pool.shutdown(cancel_futures=True)
     return lambda run: pool.submit(run_alone, run, threads, started),stop,jobs
 
-def _on_ray(address, threads, device):
-    "On a Ray cluster"
+def _on_ray(address, threads, device, per_gpu):
+    "On a Ray cluster; Ray itself does a run again whose node has died, on another"
     try: import ray
     except ImportError: raise ValueError("Ray is not installed: pip install 'mnist_block3[sweep]'") from None
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level='error')
     have = [o['Resources'] for o in ray.nodes() if o['Alive']]
     gpus = 0 if str(device or 'cuda').partition(':')[0] != 'cuda' else int(sum(o.get('GPU', 0) for o in have))
-    jobs = gpus or sum(int(o.get('CPU', 0)//threads) for o in have)
+    jobs = gpus*per_gpu or sum(int(o.get('CPU', 0)//threads) for o in have)
     if not jobs: raise ValueError(f'threads={threads}: no machine of the Ray cluster has so many')
-    f = ray.remote(run_alone).options(num_cpus=threads, num_gpus=1 if gpus else 0, max_retries=0)
+    f = ray.remote(run_alone).options(num_cpus=threads, num_gpus=1/per_gpu if gpus else 0, max_retries=3)
     return lambda run: f.remote(run, threads).future(),ray.shutdown,jobs
 
 # %% ../nbs/06_sweep.ipynb #4b99f164
@@ -241,7 +241,7 @@ def _loop(study, todo, submit, retries, jobs, command, log):
 def sweep(
     runs:list[dict], # From `sweep_grid`
     out:str|Path='sweep', # Folder of the tables; runs that are in them are not done again
-    jobs:int=None, # Runs at once on this machine; `None`: as many as it has cores, or one on a GPU
+    jobs:int=None, # Runs at once on this machine, or with Ray on each GPU; `None`: as many as there are cores, or one on a GPU
     threads:int=None, # Threads a run; `None`: cores divided by `jobs`, or one with Ray
     retries:int=1, # How often a failed run is tried again
     ray:bool=False, # Have the runs done by Ray
@@ -253,10 +253,10 @@ def sweep(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     device = runs[0]['device'] if runs else 'cpu'
     if address is not None and not ray: raise ValueError(f'address={address!r}: an address is for Ray')
-    if jobs is None: jobs = 1 if not ray and get_device(device).type != 'cpu' else cores
+    if jobs is None: jobs = 1 if ray or get_device(device).type != 'cpu' else cores
     if threads is None: threads = 1 if ray else max(1, cores//max(1, jobs))
     _check_count(jobs=jobs, threads=threads)
-    submit,stop,jobs = _on_ray(address, threads, device) if ray else _local(jobs, threads)
+    submit,stop,jobs = _on_ray(address, threads, device, jobs) if ray else _local(jobs, threads)
     try:
         study,runs = Study(out),list({run_name(o): o for o in runs}.values())
         with study.locked():

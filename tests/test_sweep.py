@@ -193,7 +193,7 @@ def test_full_disk_stops_the_sweep(fake, tmp_path, monkeypatch):
 
 
 def test_ray_gets_the_same_runs(monkeypatch, tmp_path, real):
-    "What goes to Ray, without Ray: each run with its threads, and no retries of Ray's own"
+    "What goes to Ray, without Ray: each run with its threads or its part of a GPU"
     asked = {}
     class Remote:
         def __init__(self, f): self.f = f
@@ -217,8 +217,12 @@ def test_ray_gets_the_same_runs(monkeypatch, tmp_path, real):
     study = sweep(runs, tmp_path, ray=True, address='10.0.0.1:6379', log=lines.append)
     assert '3 at once on Ray' in lines[0]
     assert asked['runs'] == [(1, 1), (2, 1)] and asked['address'] == '10.0.0.1:6379' and asked['shut']
-    assert (asked['num_cpus'], asked['num_gpus'], asked['max_retries']) == (1, 0, 0)
+    assert (asked['num_cpus'], asked['num_gpus'], asked['max_retries']) == (1, 0, 3)
     assert sorted(study.read().seed) == [1, 2]
+    Ray.nodes = staticmethod(lambda: [dict(Alive=True, Resources=dict(CPU=16., GPU=2.))])
+    sweep([o | dict(device='cuda') for o in runs], tmp_path, ray=True, jobs=4, log=lines.append)
+    assert '8 at once on Ray' in lines[-1] and asked['num_gpus'] == 1/4
+    Ray.nodes = staticmethod(lambda: [dict(Alive=True, Resources=dict(CPU=3.))])
     with pytest.raises(ValueError, match='threads=4: no machine of the Ray cluster has so many'): sweep(runs, tmp_path, ray=True, threads=4)
 
 
