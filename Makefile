@@ -5,7 +5,7 @@ PYTHON   ?= python3
 VENV     := .venv
 ARGS     ?=
 run_needs := torch torchvision fastai fastcore safetensors matplotlib pandas
-dev_needs := $(run_needs) nbdev pytest sklearn nbconvert smalldocs onnxruntime onnxscript selenium selenium_axe_python xdist filelock hypothesis
+dev_needs := $(run_needs) nbdev pytest sklearn nbconvert smalldocs onnxruntime onnxscript selenium selenium_axe_python xdist filelock hypothesis accelerate
 bench_needs := $(run_needs) $(if $(filter --all lightning,$(ARGS)),lightning)
 
 # "yes" where the active environment has all modules of $(1), and this checkout as mnist_block3
