@@ -69,6 +69,11 @@ def test_every_picture_has_a_text_of_its_own(pages):
     assert not [o for p in pages.values() for o in p.sources + [o['src'] for o in p.images] if outside(o) or o.startswith('//')]
 
 
+def test_no_markup_is_left(pages):
+    "As of a link around a name that is a link by itself"
+    assert not [(p.path.name, o) for p in pages.values() for o in re.findall(r'\]\([\w./#-]+\.(?:ipynb|html|qmd|md)[^)]*\)', p.path.read_text(encoding='utf-8'))]
+
+
 def test_names_lead_to_their_entries(pages, built):
     "A name in backticks is a link to where it is explained"
     learner = (built/'learner.html').read_text(encoding='utf-8')
