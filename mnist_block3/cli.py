@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated
 import fastcore.script
 from fastcore.script import anno_parser, call_parse
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 from .data import protocols
 from .evaluate import block_report
 from .fast import on_signals
@@ -101,7 +101,8 @@ def block3_train(
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'block3_train: {e}')
     except KeyboardInterrupt as e:
         folder = getattr(e, 'run_folder', resume)
-        go_on = f'; go on with: block3_train --resume {shlex.quote(str(folder))}' if folder else ''
+        launcher = ' the same launcher and' if num_distrib() > 1 else ''
+        go_on = f'; go on with{launcher}: block3_train --resume {shlex.quote(str(folder))}' if folder else ''
         if first: print(f'block3_train: stopped{go_on}', file=sys.stderr)
         sys.exit(143 if isinstance(e, Terminated) else 130)
     if not first: return

@@ -6,6 +6,7 @@
 __all__ = ['join_processes', 'DataParallelTrainer']
 
 # %% ../nbs/09_distributed.ipynb #296b109e
+import atexit
 from datetime import timedelta
 import torch
 from torch import distributed
@@ -14,7 +15,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from accelerate import PartialState
-from fastai.distributed import DistributedTrainer
+from fastai.distributed import DistributedTrainer, teardown_distrib
 from .data import DigitDL
 
 # %% ../nbs/09_distributed.ipynb #2053d82a
@@ -25,6 +26,7 @@ def join_processes(
     "Become one of the processes that a launcher has started, as its variables `RANK` and `WORLD_SIZE` say; a second call does nothing"
     cpu = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')).type == 'cpu'
     PartialState(cpu=cpu, timeout=timedelta(minutes=minutes))
+    if cpu: atexit.register(teardown_distrib) # gloo's threads would outlive the interpreter, and abort now and then
 
 # %% ../nbs/09_distributed.ipynb #79c7043f
 class DataParallelTrainer(DistributedTrainer):
@@ -34,7 +36,7 @@ class DataParallelTrainer(DistributedTrainer):
         **kwargs # More for `Accelerator`
     ):
         join_processes('cpu' if kwargs.get('cpu') else None)
-        super().__init__(sync_bn, **kwargs)
+        super().__init__(sync_bn, **{'mixed_precision': 'no'} | kwargs) # a learner says this by `to_bf16`
 
     def before_fit(self):
         self.sync_bn = self.sync_bn and self.accelerator.device.type == 'cuda'
@@ -51,13 +53,22 @@ class DataParallelTrainer(DistributedTrainer):
         distributed.broadcast(t, 0)
         return t.cpu()
 
+    def _same_order(self):
+        "Have the loader shuffle as the first process's does"
+        kind,state,gauss = self.dl.rng.getstate()
+        self.dl.rng.setstate((kind, tuple(self._from_first(torch.tensor(state)).tolist()), gauss))
+
     def before_train(self):
         super().before_train()
-        rank,_ = self.dl.shard
-        kind,state,gauss = self.dl.rng.getstate()
-        self.dl.rng.setstate((kind, tuple(self._from_first(torch.tensor(state)).tolist()), gauss)) # the same order everywhere
-        seed = self._from_first(torch.randint(2**62, (1,))).item()
+        self._same_order()
+        rank,seed = self.dl.shard[0],self._from_first(torch.randint(2**62, (1,))).item()
         if rank: torch.manual_seed(seed + rank)
+
+    def before_validate(self):
+        super().before_validate()
+        self._same_order()
+        if getattr(getattr(self.learn, 'gather_preds', None), 'with_input', False):
+            raise ValueError('with_input=True: each process has its share of the images only; take them from the loader')
 
     @property
     def n_batch(self): return min(self.dl.bs, self.dl.n - self.iter*self.dl.bs)
@@ -79,15 +90,17 @@ class DataParallelTrainer(DistributedTrainer):
     def after_loss(self):
         if not self.training: return
         rank,n = self.dl.shard
-        self.learn.loss_grad = self.loss_grad * (n*len(range(rank, self.n_batch, n))/self.n_batch)
+        part = len(range(rank, self.n_batch, n))/self.n_batch
+        self.learn.loss_grad,self.learn.loss = self.loss_grad*n*part,self.loss.detach()*part
+        distributed.all_reduce(self.learn.loss)
         self._put_together()
-        self.learn.loss = self.loss_func(self.pred, *self.yb)
 
     def after_train(self): self.dl.shard = DigitDL.shard
     after_validate = after_train
 
     def after_fit(self):
         super().after_fit()
+        self.accelerator.free_memory() # which holds what `DistributedDataParallel` holds
         for o in self.dls: o.shard = DigitDL.shard
 
 # %% ../nbs/09_distributed.ipynb #3c71c8d9

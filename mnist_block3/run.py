@@ -404,5 +404,5 @@ def resume_run(
         _join(run['device'])
         learn,fit = _learner(run)
         changes = _changes(about, run_environment(learn.dls.device))
-        if changes and not rank_distrib(): print(f'Going on with {changes}: the result may differ in its last digits')
+        if changes and not rank_distrib(): print(f'Going on with {changes}: the result may differ{"" if "processes" in changes else " in its last digits"}')
         return _fit(learn, fit, folder, about | dict(settings=run), bar)

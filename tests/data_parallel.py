@@ -50,13 +50,26 @@ def float64_fit(name, *cbs):
 
 
 def evaluation():
-    "Of 1000 images, none of whose batches has three or two equal parts"
-    set_seed(1)
+    "Of 1000 images, none of whose batches has three or two equal parts; also of the loader that shuffles, with other seeds"
+    set_seed(1 + rank)
     dls = mnist_dls(n_train=1000, bs=49, valid='reference', device='cpu', aug_tfms=[])
     learn = block3_learner(dls, pretrained=True, metrics=[accuracy, F1Score(average='macro')])
     with learn.distrib_ctx(), learn.no_bar(), learn.no_logging():
         found['validate'] = list(learn.validate())
         found['preds'] = [torch.as_tensor(o).clone() for o in learn.get_preds()]
+        took,take = [],dls.train.take
+        dls.train.take = lambda idxs: took.append(list(idxs)) or take(idxs)
+        found['shuffled'] = dict(shares=took, validate=list(learn.validate(0)))
+        try: learn.get_preds(with_input=True)
+        except ValueError as e: found['with_input'] = str(e)
+
+
+def mixed():
+    "With a callback that changes the loss function from batch to batch"
+    set_seed(1 + rank)
+    learn = block3_learner(mnist_dls(n_train=130, bs=49, valid='reference', device='cpu'), cbs=MixUp())
+    with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(1)
+    found['mixed'] = [float(o) for o in learn.recorder.losses]
 
 
 def draws():
@@ -90,6 +103,7 @@ def refused():
 float64_fit('local')
 float64_fit('fixed', FixedBN())
 evaluation()
+mixed()
 draws()
 run()
 refused()

@@ -94,6 +94,14 @@ def test_evaluation_is_of_the_whole_set(ranks, digits):
         assert o['validate'] == pytest.approx(want, abs=1e-6)
         torch.testing.assert_close(o['preds'][0], logp.exp(), rtol=1e-4, atol=1e-6)
         assert torch.equal(o['preds'][1], y)
+        assert o['shuffled']['validate'] == pytest.approx(want, abs=1e-6)
+        assert 'each process has its share of the images only' in o['with_input']
+    assert sorted(sum(sum(batches([o['shuffled'] for o in ranks]), []), [])) == list(range(1000))
+
+
+def test_losses_are_of_the_whole_batch(ranks):
+    "Also where a callback has the loss depend on each process's share"
+    for o in ranks: assert o['mixed'] == pytest.approx(ranks[0]['mixed'], abs=1e-6) and len(o['mixed']) == 3
 
 
 def test_each_draws_its_own(ranks):
