@@ -10,6 +10,7 @@ import atexit
 from datetime import timedelta
 import torch
 from torch import distributed
+from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
@@ -37,9 +38,10 @@ class DataParallelTrainer(DistributedTrainer):
     ):
         join_processes('cpu' if kwargs.get('cpu') else None)
         super().__init__(sync_bn, **{'mixed_precision': 'no'} | kwargs) # a learner says this by `to_bf16`
+        self.sync_bn = sync_bn and self.accelerator.device.type == 'cuda'
 
     def before_fit(self):
-        self.sync_bn = self.sync_bn and self.accelerator.device.type == 'cuda'
+        self.bns = {k: o for k,o in self.model.named_modules() if isinstance(o, _BatchNorm) and self.sync_bn}
         super().before_fit()
 
     def _wrap_dl(self, dl):
@@ -101,6 +103,7 @@ class DataParallelTrainer(DistributedTrainer):
     def after_fit(self):
         super().after_fit()
         self.accelerator.free_memory() # which holds what `DistributedDataParallel` holds
+        for k,o in self.bns.items(): self.model.set_submodule(k, o) # with the weights and statistics of its `SyncBatchNorm`
         for o in self.dls: o.shard = DigitDL.shard
 
 # %% ../nbs/09_distributed.ipynb #3c71c8d9
@@ -109,8 +112,11 @@ def to_distributed(self:Learner,
     sync_bn=True, # Let BatchNorm see the whole batch by `nn.SyncBatchNorm`, on GPUs
     **kwargs # More for `Accelerator`
 ):
-    "Add `DataParallelTrainer`, and show progress in the first process only"
+    "Add `DataParallelTrainer`, move all to this process's device, and show progress in the first process only"
     cpu = torch.device(self.dls.device).type == 'cpu'
-    self.add_cb(DataParallelTrainer(sync_bn, **({'cpu': True} if cpu else {}) | kwargs))
+    cb = DataParallelTrainer(sync_bn, **({'cpu': True} if cpu else {}) | kwargs)
+    self.dls.to(cb.accelerator.device)
+    self.model.to(cb.accelerator.device)
+    self.add_cb(cb)
     if rank_distrib(): self.remove_cb(ProgressCallback)
     return self

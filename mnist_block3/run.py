@@ -311,6 +311,7 @@ class JudgeAlso(Callback):
 def _join(device):
     "Be one of the processes that a launcher has started, where there are several"
     if num_distrib() < 2: return
+    if torch.device(device or 'cpu').index is not None: raise ValueError(f'device={device!r}: each of several processes takes a device of its own, so leave the number out')
     try: from mnist_block3.distributed import join_processes
     except ImportError: raise ValueError("A run over several processes needs Accelerate: pip install 'mnist_block3[distributed]'") from None
     join_processes(device)

@@ -14,6 +14,7 @@ from functools import partial
 from numbers import Number
 from pathlib import Path
 import pandas as pd
+import torch
 from .data import _check_count, get_device, mnist_path
 from .evaluate import mistakes
 from .run import recipe_settings, run_settings, train_run, write_whole
@@ -205,6 +206,7 @@ def _on_ray(address, threads, device, per_gpu):
     "On a Ray cluster; Ray itself does a run again whose node has died, on another"
     try: import ray
     except ImportError: raise ValueError("Ray is not installed: pip install 'mnist_block3[sweep]'") from None
+    if torch.device(device or 'cpu').index is not None: raise ValueError(f'device={device!r}: Ray deals out the GPUs, so leave the number out')
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level='error')
     have = [o['Resources'] for o in ray.nodes() if o['Alive']]
     gpus = 0 if str(device or 'cuda').partition(':')[0] != 'cuda' else int(sum(o.get('GPU', 0) for o in have))

@@ -91,6 +91,26 @@ def run():
     found['run'] = dict(weights=learn.model.state_dict(), folder=str(folder))
 
 
+def put_back():
+    "`SyncBatchNorm`, which is for GPUs, as far as a CPU has it: there in the fit, gone after it, with the weights that were trained"
+    set_seed(1)
+    learn = block3_learner(mnist_dls(n_train=130, valid='reference', device='cpu'))
+    kinds = [type(o) for o in learn.model.modules()]
+    class Look(Callback):
+        order = 100
+        def before_batch(self): self.kinds,self.weights = [type(o) for o in get_model(self.model).modules()],get_model(self.model).state_dict()
+    forward,nn.SyncBatchNorm.forward = nn.SyncBatchNorm.forward,nn.BatchNorm2d.forward
+    nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *args: None # refuses a CPU, as the forward pass does
+    with learn.distrib_ctx(), learn.no_bar(), learn.no_logging():
+        found['sync_bn'] = learn.data_parallel_trainer.sync_bn
+        learn.data_parallel_trainer.sync_bn = True
+        learn.fit(1, cbs=(look := Look()))
+    nn.SyncBatchNorm.forward = forward
+    assert look.kinds.count(nn.SyncBatchNorm) == kinds.count(nn.BatchNorm2d) > 0
+    assert [type(o) for o in learn.model.modules()] == kinds
+    for k,v in learn.model.state_dict().items(): assert torch.equal(v, look.weights[k]), k
+
+
 def refused():
     "Loaders of another kind"
     dl = DataLoader(list(zip(torch.randn(8,1,28,28), torch.randint(10, (8,)))), bs=4)
@@ -106,5 +126,6 @@ evaluation()
 mixed()
 draws()
 run()
+put_back()
 refused()
 torch.save(found, out/f'{rank}.pt')

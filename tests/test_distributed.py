@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import nn
-from mnist_block3.all import Block3, load_digits, run_files
+from mnist_block3.all import Block3, load_digits, run_files, train_run
 
 pytest.importorskip('accelerate')
 launcher = ['accelerate.commands.launch', '--multi_gpu', '--num_machines=1', '--mixed_precision=no', '--dynamo_backend=no', '--main_process_port=0']
@@ -119,6 +119,10 @@ def test_run_by_one_writer(ranks):
     assert (summary['machine']['processes'], summary['engine'], summary['why']) == (len(ranks), 'plain', 'several processes share each batch')
 
 
+def test_sync_bn_is_for_gpus(ranks):
+    for o in ranks: assert o['sync_bn'] is False
+
+
 def test_other_loaders_are_refused(ranks):
     for o in ranks: assert 'DataLoader: data-parallel training takes the loaders of mnist_dls' in o['refused']
 
@@ -155,6 +159,12 @@ def test_killed_and_resumed(tmp_path, rank):
     for k,v in a.items(): assert torch.equal(v, b[k])
     said,_ = finish(start(2, *train, '--resume', folder))
     assert said == f'{folder} is finished: there is nothing left to do\n'
+
+
+def test_each_takes_a_gpu_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match="device='cuda:1': each of several processes takes a device of its own"): train_run(tmp_path/'run', device='cuda:1')
+    assert not (tmp_path/'run').exists()
 
 
 def test_mistake_ends_all(tmp_path):
