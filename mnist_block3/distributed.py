@@ -103,7 +103,9 @@ class DataParallelTrainer(DistributedTrainer):
     def after_fit(self):
         super().after_fit()
         self.accelerator.free_memory() # which holds what `DistributedDataParallel` holds
-        for k,o in self.bns.items(): self.model.set_submodule(k, o) # with the weights and statistics of its `SyncBatchNorm`
+        for k,o in self.bns.items():
+            o.load_state_dict(self.model.get_submodule(k).state_dict()) # statistics; the weights are the same tensors
+            self.model.set_submodule(k, o)
         for o in self.dls: o.shard = DigitDL.shard
 
 # %% ../nbs/09_distributed.ipynb #3c71c8d9

@@ -109,6 +109,7 @@ def put_back():
     assert look.kinds.count(nn.SyncBatchNorm) == kinds.count(nn.BatchNorm2d) > 0
     assert [type(o) for o in learn.model.modules()] == kinds
     for k,v in learn.model.state_dict().items(): assert torch.equal(v, look.weights[k]), k
+    assert {id(o) for o in learn.model.parameters()} == {id(p) for g in learn.opt.opt.param_groups for p in g['params']}
 
 
 def refused():
