@@ -65,6 +65,11 @@ class Terminated(KeyboardInterrupt): "The signal SIGTERM has come"
 
 def _terminate(num, frame): raise Terminated()
 
+def _how_to_go_on(folder):
+    if not folder: return ''
+    launcher = ' the same launcher and' if num_distrib() > 1 else ''
+    return f'; go on with{launcher}: block3_train --resume {shlex.quote(str(folder))}'
+
 @call_parse
 def block3_train(
     recipe:str='reference', # How to train: reference, as the original did, or tuned
@@ -98,11 +103,10 @@ def block3_train(
                 learn,folder = train_run(out, sys.stdout.isatty(), epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid,
                                          source=source, device=device, n_train=n_train, bf16=bf16, fast=fast,
                                          also_reference=also_reference, **more)
-    except (ValueError, OSError, RuntimeError) as e: sys.exit(f'block3_train: {e}')
+    except (ValueError, RuntimeError) as e: sys.exit('block3_train: ' + str(e).rpartition('\n\t')[2]) # fastai puts the callback before it
+    except OSError as e: sys.exit(f'block3_train: {e}{_how_to_go_on(getattr(e, "run_folder", None))}')
     except KeyboardInterrupt as e:
-        folder = getattr(e, 'run_folder', resume)
-        launcher = ' the same launcher and' if num_distrib() > 1 else ''
-        go_on = f'; go on with{launcher}: block3_train --resume {shlex.quote(str(folder))}' if folder else ''
+        go_on = _how_to_go_on(getattr(e, 'run_folder', resume))
         if first: print(f'block3_train: stopped{go_on}', file=sys.stderr)
         sys.exit(143 if isinstance(e, Terminated) else 130)
     if not first: return

@@ -124,6 +124,8 @@ def _opened(image):
     try:
         with nullcontext(image) if given else Image.open(image) as im:
             if im.format == 'EPS': raise ValueError('EPS is a program, and is not run')
+            tile = [getattr(im, 'tag_v2', {}).get(o, 0) for o in (322, 323)] # which libtiff makes room for
+            if max(tile) > max(*im.size, 1024) + 15: raise ValueError(f'its tiles have {tile[0]}×{tile[1]} pixels, it has {im.width}×{im.height}')
             yield im
     except FileNotFoundError: raise
     except Exception as e: raise ValueError(f'{"The image" if given else image} cannot be read: {e}') from e

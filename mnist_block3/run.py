@@ -24,6 +24,7 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Learner
 from fastai.torch_core import get_model, num_distrib, rank_distrib, set_seed
 from . import __version__
+from .fast import engines
 from .data import _check_choice, _check_count, _check_source, get_device, mnist_dls, mnist_path, protocols
 from .learner import _check_reference, block3_learner, history, tuned_cbs
 from .evaluate import plot_history
@@ -34,12 +35,16 @@ except ImportError: fcntl = None # not on Windows
 run_files = 'settings.json','history.csv','summary.json','weights.safetensors','plots.png'
 
 # %% ../nbs/05_run.ipynb #7545ad17
+def _is_tmp(file):
+    "Whether a write left `file` behind that was killed"
+    return file.name.startswith('.') and file.suffix == '.tmp'
+
 def new_run_dir(
     out:str|Path=None, # Where; `None`: `runs/` and the time
 ) -> Path: # An empty folder that can be written to
     "Make a run folder; raises `ValueError` where `out` is taken, and `OSError` where it cannot be written"
     folder = Path('runs')/f'{datetime.now():%Y%m%d-%H%M%S-%f}' if out is None else Path(out).expanduser()
-    if folder.is_dir() and any(folder.iterdir()): raise ValueError(f'{folder} is not empty: a run needs a new folder')
+    if folder.is_dir() and any(not _is_tmp(o) for o in folder.iterdir()): raise ValueError(f'{folder} is not empty: a run needs a new folder')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass
@@ -59,6 +64,9 @@ def write_whole(
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except OSError as e:
+        if e.filename is None: e.filename = str(path) # the disk is full
+        raise
     finally: tmp.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
@@ -166,7 +174,8 @@ def fit_state(
                     smooth=(float(rec.smooth_loss.val), rec.smooth_loss.count))
     return dict(epoch=learn.epoch+1, n_epoch=learn.n_epoch, train_iter=learn.train_iter, model=get_model(learn.model).state_dict(),
                 opt=learn.opt.state_dict(), random=_random_state(learn.dls.device), loaders=[o.rng.getstate() for o in learn.dls.loaders],
-                history=_plain(learn.history.rows), recorder=recorded, engine=learn.fast_epoch.engine)
+                history=_plain(learn.history.rows), recorder=recorded, engine=learn.fast_epoch.engine,
+                data=(learn.dls.train.n, learn.dls.train.bs))
 
 # %% ../nbs/05_run.ipynb #ba074f4f
 def set_fit_state(
@@ -178,6 +187,7 @@ def set_fit_state(
     except Exception as e: raise ValueError(f'The checkpoint is not of this fit: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
 def _set_fit_state(learn, state):
+    _check_state(learn, state)
     get_model(learn.model).load_state_dict(state['model'])
     learn.opt.load_state_dict(state['opt'])
     _set_random_state(state['random'], learn.dls.device)
@@ -187,16 +197,41 @@ def _set_fit_state(learn, state):
     rec.losses = list(kept['losses'].unbind())
     rec.smooth_loss.val,rec.smooth_loss.count = torch.tensor(kept['smooth'][0]),kept['smooth'][1]
 
+def _alike(a, b):
+    "Whether `a` has the form of `b`: types, names, lengths, shapes"
+    if isinstance(b, torch.Tensor): return isinstance(a, torch.Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
+    if isinstance(b, dict): return isinstance(a, dict) and a.keys() == b.keys() and all(_alike(a[k], v) for k,v in b.items())
+    if isinstance(b, (list, tuple)): return isinstance(a, (list, tuple)) and len(a) == len(b) and all(map(_alike, a, b))
+    return type(a) is type(b) or {type(a), type(b)} == {int, float}
+
+def _check_state(learn, state):
+    "Raise `ValueError` where something in `state` has not the form that it has in a fit of `learn`"
+    own,rec,epoch,n = fit_state(learn),state['recorder'],state['epoch'],state['train_iter']
+    if tuple(state['data']) != own['data']: raise ValueError('it is of {0} images, {1} a step, not of {2}, {3}'.format(*state['data'], *own['data']))
+    params = [p for g in learn.opt.opt.param_groups for p in g['params']]
+    row = dict.fromkeys({*learn.recorder.metric_names[1:], 'lr', 'seconds'} - {'time', 'accuracy'}, 0.) | dict(epoch=0)
+    if 'accuracy' in learn.recorder.metric_names: row |= dict(valid_accuracy=0., correct=0, total=0)
+    tables = dict(values=[[0.]*len(rec['values'][i]) for i in range(epoch)], lrs=[0.]*n, iters=[0]*epoch, losses=torch.zeros(n), smooth=(0., 0))
+    parts = dict(model=(state['model'], own['model']), momentum=([o.get('momentum_buffer') for o in state['opt']['state'].values()],
+                                                                 [params[i] if 'momentum_buffer' in o else None for i,o in state['opt']['state'].items()]),
+                 optimizer=(state['opt']['param_groups'], own['opt']['param_groups']), numpy=(state['random']['numpy'][1], own['random']['numpy'][1]),
+                 loaders=([len(o) for o in state['loaders']], [len(o) for o in own['loaders']]),
+                 history=([{k: o[k] for k in row} for o in state['history']], [row]*epoch), recorder=(rec, tables))
+    for k,(a,b) in parts.items():
+        if not _alike(a, b): raise ValueError(f'its {k} has another form')
+    if not all(o.get('total', 1) > 0 for o in state['history']): raise ValueError('its history counts no images')
+
 # %% ../nbs/05_run.ipynb #ea9fec0c
 class Checkpoint(Callback):
     "Keep in `file` what the fit needs to go on from its last epoch; with `resume`, go on from there"
-    order = 60.5 # after all that adds to the history; before FastEpoch, which takes the epoch over
+    order = 60.1 # after all that adds to the history; before EpochLines, which says that an epoch is done
     def __init__(self,
         file:str|Path, # Written after each epoch, whole or not at all
         resume:bool=False, # Go on from `file`, where there is one
     ): self.file,self.resume = Path(file),resume
 
     def before_fit(self):
+        if not self.file.parent.is_dir(): raise FileNotFoundError(f'{self.file.parent} is no folder')
         self.resumed = read_checkpoint(self.file) if self.resume and self.file.is_file() else None
         self.n_done = self.resumed['epoch'] if self.resumed else 0
         if not self.resumed: return
@@ -209,7 +244,9 @@ class Checkpoint(Callback):
 
     def after_epoch(self):
         if self.epoch >= self.n_done: self.save()
-        elif self.epoch == self.n_done - 1: set_fit_state(self.learn, self.resumed)
+        elif self.epoch == self.n_done - 1:
+            try: set_fit_state(self.learn, self.resumed)
+            except ValueError as e: raise ValueError(f'{self.file}: {e}') from e
 
     def save(self):
         if rank_distrib(): return
@@ -227,20 +264,32 @@ def read_checkpoint(
             if any(o.compress_type for o in z.infolist()): raise ValueError('it is compressed')
             if bad := z.testzip(): raise ValueError(f'the checksum of {bad} is wrong')
         state = torch.load(file, map_location='cpu', weights_only=True)
+        if any(o.numel()*o.element_size() > o.untyped_storage().nbytes() for o in _tensors(state)): raise ValueError('it holds less than it seems to')
     except FileNotFoundError: raise
     except Exception as e:
-        raise ValueError(f'{file} is no checkpoint, or damaged: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
-    want = dict(epoch=int, n_epoch=int, train_iter=int, model=dict, opt=dict, random=dict, loaders=list, history=list, recorder=dict, engine=str)
-    if not isinstance(state, dict) or set(state) != set(want) or not all(isinstance(state[k], o) for k,o in want.items()): raise ValueError(f'{file} is no checkpoint of a fit')
+        raise ValueError(f'{file} is no checkpoint, or damaged: {str(e).splitlines()[0] if str(e) else type(e).__name__}; '
+                         'delete it, and the fit begins anew') from e
+    want = dict(epoch=int, n_epoch=int, train_iter=int, model=dict, opt=dict, random=dict, loaders=list, history=list, recorder=dict, engine=str, data=tuple)
+    ok = isinstance(state, dict) and set(state) == set(want) and all(isinstance(state[k], o) for k,o in want.items())
+    if not ok or not 0 < state['epoch'] <= state['n_epoch'] or state['engine'] not in engines: raise ValueError(f'{file} is no checkpoint of a fit')
     return state
+
+def _tensors(o):
+    "All tensors in `o`"
+    if isinstance(o, torch.Tensor): yield o
+    elif isinstance(o, (dict, list, tuple)):
+        for v in o.values() if isinstance(o, dict) else o: yield from _tensors(v)
 
 # %% ../nbs/05_run.ipynb #f7d4cca2
 class EpochLines(Callback):
     "Print a line an epoch"
     order = 60.2
     def __init__(self, evaluated_on='evaluation'): self.evaluated_on = evaluated_on
+    def before_fit(self): self.trained = False
+    def before_train(self): self.trained = True # which an epoch that is skipped does not come to
+
     def after_epoch(self):
-        if not self.history.rows: return # an epoch that is skipped
+        if not self.trained: return
         o = self.history.rows[-1]
         mbar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
         (mbar.write if mbar else partial(print, flush=True))(
@@ -285,7 +334,9 @@ def run_settings(
     epochs = recipe_epochs[recipe] if epochs is None else epochs
     _check_count(epochs=epochs, bs=bs, **({} if n_train is None else {'n_train': n_train}))
     _check_choice('valid', valid, protocols)
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+    for k,v in dict(bf16=bf16, fast=fast, also_reference=also_reference).items():
+        if not isinstance(v, bool): raise ValueError(f'{k}={v!r}: {k} is True or False')
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f'seed={seed}: seed is a whole number from 0 to {2**32-1}')
     if source is not None: source = str(_check_source(source).resolve())
     kept = dict(epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid, source=source,
@@ -377,11 +428,15 @@ def read_settings(
     "What a run began with; raises `ValueError` where `folder` is no run folder, or a setting makes no sense"
     file = folder/'settings.json'
     try: about = json.loads(file.read_bytes())
-    except FileNotFoundError: raise ValueError(f'{folder} is no run folder: it has no settings.json') from None
+    except FileNotFoundError: raise ValueError(f'{folder} is no run folder: it has no settings.json; a run that has none yet is begun again as it was begun') from None
     except (OSError, ValueError, RecursionError) as e: raise ValueError(f'{file} cannot be read: {e}') from e
     want = dict(settings=dict, began=str, versions=dict, machine=dict)
     if not isinstance(about, dict) or {k: type(about.get(k)) for k in want} != want: raise ValueError(f'{file} is not of a run')
-    return about | dict(settings=run_settings(**about['settings']))
+    try: made = run_settings(**about['settings'])
+    except FileNotFoundError: raise
+    except (TypeError, ValueError, OverflowError) as e: raise ValueError(f'{file}: {e}') from e
+    if made != about['settings'] | dict(source=made['source']): raise ValueError(f'{file} has settings that a run does not write')
+    return about
 
 def _changes(then, now):
     "What is not as it was, in words"
@@ -398,7 +453,10 @@ def resume_run(
     about = read_settings(folder)
     run,threads = about['settings'],about['machine'].get('threads')
     with _first_locks(folder):
-        if (folder/'summary.json').is_file(): return None,folder
+        for o in filter(_is_tmp, folder.iterdir()): o.unlink(missing_ok=True)
+        if (folder/'summary.json').is_file():
+            (folder/'checkpoint.pt').unlink(missing_ok=True)
+            return None,folder
         if isinstance(threads, int) and 0 < threads <= 1024: torch.set_num_threads(threads)
         try: get_device(run['device'])
         except RuntimeError: run = run | dict(device=None)

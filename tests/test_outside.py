@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import save
 from mnist_block3.all import (block3_learner, Checkpoint, load_block3, load_digits, mnist_dls, mnist_form, read_checkpoint, read_idx,
-                              read_settings, Study, train_run)
+                              read_settings, resume_run, Study, train_run)
 from mnist_block3.cli import block3_export, block3_predict, block3_train
 from mnist_block3.model import weights_path
 from mnist_block3.run import set_fit_state
@@ -128,43 +128,88 @@ def test_much_damage(whole, kind): fuzz(whole, kind, 100_000//len(kinds))
 values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=3),
                    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2), st.just(torch.zeros(3)))
 
+@pytest.fixture(scope='module')
+def half_done(tmp_path_factory):
+    "A run that died after its first epoch of two: its folder, what is in the checkpoint, and how to go on"
+    folder = tmp_path_factory.mktemp('half')/'run'
+    save_ = Checkpoint.save
+    def stop(self):
+        save_(self)
+        raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Checkpoint, 'save', stop)
+        train_run(folder, epochs=2, n_train=64, valid='reference', device='cpu')
+    state = torch.load(folder/'checkpoint.pt', weights_only=True)
+    def go_on(state):
+        for o in folder.iterdir():
+            if o.name not in ('settings.json', 'checkpoint.pt'): o.unlink()
+        torch.save(state, folder/'checkpoint.pt')
+        resume_run(folder)
+    go_on(state)
+    return folder,state,go_on
+
+
+def changed(o, path, new):
+    "`o` with `new` in place of what lies at `path`, whose steps are names, numbers, or floats for a part of all there is"
+    if not path or not isinstance(o, (dict, list, tuple)) or not len(o): return new
+    names = list(o) if isinstance(o, dict) else range(len(o))
+    at = names[int(path[0]*len(o))] if isinstance(path[0], float) else path[0]
+    pairs = [(k, changed(o[k], path[1:], new) if k == at else o[k]) for k in names]
+    return type(o)(pairs) if isinstance(o, dict) else type(o)(v for _,v in pairs)
+
+
 @pytest.mark.filterwarnings('ignore')
-def test_a_state_made_up(whole, learn):
-    "A checkpoint that is whole, but in which any part at any depth is something else"
-    load,folder,file,(sound,) = whole['checkpoint']
-    state,refused = torch.load(io.BytesIO(sound), weights_only=True),[]
-    def changed(o, path, new):
-        if not path or not isinstance(o, (dict, list, tuple)) or not len(o): return new
-        at = int(path[0]*len(o))
-        if isinstance(o, dict): return type(o)((k, changed(v, path[1:], new) if i == at else v) for i,(k,v) in enumerate(o.items()))
-        return type(o)(changed(v, path[1:], new) if i == at else v for i,v in enumerate(o))
+def test_a_state_made_up(half_done):
+    "A checkpoint that is whole, but in which any part at any depth is something else: it is refused, or the run goes on to its end"
+    folder,state,go_on = half_done
+    refused = []
     @settings(max_examples=100, deadline=5000, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(where, min_size=1, max_size=4), values)
     def one(path, new):
-        torch.save(changed(state, path, new), file)
-        try: load(folder)
+        try: go_on(changed(state, path, new))
         except ValueError as e: refused.append(e)
     one()
-    assert len(refused) > 10
+    assert len(refused) > 10 and all(str(folder/'checkpoint.pt') in str(o) for o in refused)
+
+
+@pytest.mark.parametrize('path,new', [
+    (('history',), [1]), (('history',), [{}]), (('history', 0, 'total'), 0), (('opt', 'param_groups', 0, 'lr'), 'x'), (('opt', 'param_groups', 0, 'momentum'), None),
+    (('recorder', 'lrs'), 'abc'), (('recorder', 'values'), 5), (('epoch',), 99), (('engine',), '\x1b[31m'), (('data',), (128, 64)), (('loaders',), []),
+])
+def test_a_state_of_another_form(half_done, path, new):
+    folder,state,go_on = half_done
+    with pytest.raises(ValueError) as e: go_on(changed(state, path, new))
+    assert str(folder/'checkpoint.pt') in str(e.value)
+
+
+@pytest.mark.parametrize('path,new', [
+    (('recorder', 'losses'), torch.zeros(1).expand(20_000_000)), (('random', 'numpy', 1), torch.zeros(1, dtype=torch.long).expand(100_000_000)),
+    (('opt', 'state', 0, 'momentum_buffer'), torch.zeros(1, dtype=torch.int8).expand(300_000_000)), (('model', 0.5), torch.zeros(1).expand(10**9)),
+])
+def test_a_state_that_seems_large(half_done, path, new):
+    "Tensors of a few bytes that say they are of hundreds of megabytes"
+    folder,state,_ = half_done
+    torch.save(changed(state, path, new), folder/'large.pt')
+    assert (folder/'large.pt').stat().st_size < 1_000_000
+    with little_memory(20), pytest.raises(ValueError, match='large.pt .* it holds less than it seems to'): read_checkpoint(folder/'large.pt')
 
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('path', [(), ('settings',), ('machine',), ('versions',)])
 def test_settings_made_up(whole, path):
-    "A settings.json in which any value is something else"
+    "A settings.json in which any value is something of any other kind"
     load,folder,file,(sound,) = whole['settings']
-    about = json.loads(sound)
-    @settings(max_examples=100, deadline=5000, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(where, st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2), st.just({})))
-    def one(a, new):
-        made = json.loads(sound)
-        part = made
-        for k in path: part = part[k]
-        part[list(part)[int(a*len(part))]] = new
-        file.write_text(json.dumps(made))
-        try: load(folder)
-        except (ValueError, FileNotFoundError): pass
-    one()
+    about,refused = json.loads(sound),0
+    for name in (about[path[0]] if path else about):
+        for new in (None, True, False, 0, -1, 5, 2**40, 0.5, float('nan'), float('inf'), '', 'x', [], ['a'], {}, {'a': 1}):
+            made = changed(about, (*path, name), new)
+            file.write_text(json.dumps(made))
+            try: assert json.dumps(load(folder)) == json.dumps(made)
+            except FileNotFoundError as e: assert name == 'source'
+            except ValueError as e:
+                refused += 1
+                assert str(file) in str(e)
+    assert refused > 10 or path not in ((), ('settings',))
 
 
 def test_promises_too_large(tmp_path):
@@ -213,6 +258,21 @@ def test_large_picture(tmp_path, mode):
     small.paste(255, (400,200,500,800))
     with little_memory(16*25_000_000/2**20 + 20): form = mnist_form(tmp_path/'a.tif')
     assert np.abs(form.astype(int) - mnist_form(small)).max() <= 24
+
+
+def tiled_tiff(side):
+    "28×28 pixels, in one tile of `side`×`side` zeros"
+    body,n = zlib.compress(bytes(side*side), 9),9
+    tags = [(256, 28), (257, 28), (258, 8), (259, 8), (262, 1), (322, side), (323, side), (324, 8 + 2 + 12*n + 4), (325, len(body))]
+    return b'II*\0' + struct.pack('<IH', 8, n) + b''.join(struct.pack('<HHII', k, 4, 1, v) for k,v in tags) + bytes(4) + body
+
+
+@pytest.mark.parametrize('side', [2048, 20_000])
+def test_huge_tile(tmp_path, side):
+    (tmp_path/'a.tif').write_bytes(tiled_tiff(side))
+    with little_memory(20), pytest.raises(ValueError, match=f'its tiles have {side}×{side} pixels, it has 28×28'): mnist_form(tmp_path/'a.tif')
+    (tmp_path/'b.tif').write_bytes(tiled_tiff(256))
+    with pytest.raises(ValueError, match='it is blank'): mnist_form(tmp_path/'b.tif')
 
 
 def test_postscript_is_not_run(tmp_path):

@@ -1,11 +1,13 @@
 "A run that dies: at any moment, by any signal, on a full disk; and the one that goes on"
-import errno, json, multiprocessing, os, random, re, signal, subprocess, sys, time
+import errno, json, multiprocessing, os, random, re, signal, stat, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
-from mnist_block3.all import Checkpoint, mnist_dls, new_run_dir, read_checkpoint, read_settings, resume_run, run_files, train_run, write_whole
+from mnist_block3.all import (block3_learner, Checkpoint, history, mnist_dls, new_run_dir, read_checkpoint, read_settings, resume_run, run_files,
+                              run_settings, Study, sweep, train_run, write_whole)
 from mnist_block3 import run as run_module
-from mnist_block3.cli import block3_train
+from mnist_block3 import sweep as sweep_module
+from mnist_block3.cli import block3_export, block3_train
 
 few = dict(epochs=4, n_train=320, valid='reference', device='cpu')
 fork = multiprocessing.get_context('forkserver')
@@ -53,7 +55,7 @@ def killed_and_resumed(folder, recipe, whole, rng):
         p.join()
         if not alive and p.exitcode == 0: break
     assert same(weights(folder), want)
-    assert {o.name for o in folder.iterdir()} - {'.checkpoint.pt.tmp'} == set(run_files)
+    assert {o.name for o in folder.iterdir()} == set(run_files)
     return n
 
 
@@ -162,43 +164,132 @@ def test_signals(tmp_path, num, code):
 
 
 class Full:
-    "A disk on which the write `n` fails: it is full, or cuts it short, or the rename does not work"
-    def __init__(self, n, how): self.left,self.how = n,how
-    def hit(self):
+    "A disk on which the write `n` fails: it is full, or takes a part of it, or the rename does not work"
+    def __init__(self, monkeypatch, how, n):
+        self.left,self.how = n,how
+        for module,name,f in ((os, 'fsync', self.fsync), (os, 'replace', self.replace), (run_module, 'open', self.open)):
+            monkeypatch.setattr(module, name, f, raising=False)
+
+    def hit(self, how):
+        if how != self.how: return False
         self.left -= 1
-        return self.left < 0
+        return self.left == -1
 
     def fsync(self, fd):
-        if self.how == 'full' and self.hit(): raise OSError(errno.ENOSPC, 'No space left on device')
+        if stat.S_ISREG(os.fstat(fd).st_mode) and self.hit('full'): raise OSError(errno.ENOSPC, 'No space left on device')
         return os_fsync(fd)
 
     def replace(self, a, b):
-        if self.how == 'rename' and self.hit(): raise OSError(errno.EIO, 'Input/output error')
+        if self.hit('rename'): raise OSError(errno.EIO, 'Input/output error', str(a), None, str(b))
         return os_replace(a, b)
 
-os_fsync,os_replace = os.fsync,os.replace
+    def open(self, file, mode):
+        f = open(file, mode)
+        if not self.hit('short'): return f
+        class Short:
+            __enter__ = lambda o: o
+            __exit__ = lambda o, *args: f.close()
+            def write(o, data):
+                f.write(data[:len(data)//2])
+                raise OSError(errno.ENOSPC, 'No space left on device')
+        return Short()
+
+os_fsync,os_replace,faults = os.fsync,os.replace,('full', 'short', 'rename')
 
 
-@pytest.mark.parametrize('how', ['full', 'rename'])
-def test_every_write_may_fail(tmp_path, monkeypatch, how):
-    "One line, no file half written, the last checkpoint as it was; and with room again the run goes on"
+def failing(monkeypatch, how, work, mended):
+    "Do `work` with its write 0 failing, 1 failing and so on, and what is `mended` after each; how many writes there are, which are all that it does"
+    for n in range(40):
+        with monkeypatch.context() as m:
+            disk = Full(m, how, n)
+            try: work(n)
+            except (OSError, SystemExit) as e: assert 'No space left' in str(e) or 'Input/output' in str(e)
+            if disk.left >= 0: return n
+        mended(n)
+
+
+def tidy(folder): assert not [o for o in Path(folder).rglob('*') if o.name.endswith('.tmp')]
+
+
+@pytest.mark.parametrize('how', faults)
+def test_every_write_of_a_run_may_fail(tmp_path, monkeypatch, capsys, how):
+    "One line that names file and remedy, nothing half written, the last checkpoint as it was; and with room again the run goes on"
     two = few | dict(epochs=2)
     want = weights(train_run(tmp_path/'whole', **two)[1])
-    for n in range(30):
-        folder,disk = tmp_path/f'{n}',Full(n, how)
-        monkeypatch.setattr(os, 'fsync', disk.fsync)
-        monkeypatch.setattr(os, 'replace', disk.replace)
-        try: block3_train.__wrapped__(**two, out=str(folder))
+    def work(n):
+        try: block3_train.__wrapped__(**two, out=str(tmp_path/f'{n}'))
         except SystemExit as e:
-            assert e.code.startswith('block3_train: ') and ('No space left' in e.code or 'Input/output' in e.code) and '\n' not in e.code
-        else: break
-        finally: monkeypatch.undo()
-        assert not [o for o in folder.iterdir() if o.name.endswith('.tmp')]
+            assert e.code.startswith('block3_train: ') and '\n' not in e.code and str(tmp_path/f'{n}') in e.code
+            assert ('go on with: block3_train --resume' in e.code) == (n > 0)
+            raise
+    def mended(n):
+        folder = tmp_path/f'{n}'
+        tidy(folder)
         if (folder/'checkpoint.pt').exists(): read_checkpoint(folder/'checkpoint.pt')
         if (folder/'settings.json').exists(): resume_run(folder)
         else: train_run(folder, **two)
         assert same(weights(folder), want), n
-    assert n >= 7, 'settings, two checkpoints, and four files at the end'
+    assert failing(monkeypatch, how, work, mended) == 7, 'settings, two checkpoints, and four files at the end'
+
+
+@pytest.mark.parametrize('how', faults)
+def test_every_write_of_a_sweep_may_fail(tmp_path, monkeypatch, how):
+    "No table is half written, no run is in it twice or called failed, and the sweep goes on"
+    run = run_settings(**few | dict(epochs=1, valid='test'))
+    _,folder = train_run(tmp_path/'run', **few | dict(epochs=1, valid='test'))
+    files = {o.name: o.read_bytes() for o in folder.iterdir()} | {'mistakes.csv': b'index,label,pred,loss\n1,2,3,0.5\n'}
+    monkeypatch.setattr(sweep_module, 'run_alone', lambda *args: files)
+    def work(n): sweep([run, run | dict(seed=1)], tmp_path/f'{n}', jobs=1, log=[].append)
+    def mended(n):
+        tidy(tmp_path/f'{n}')
+        work(n)
+        study = Study(tmp_path/f'{n}')
+        for table in ('study', 'epochs', 'mistakes'): assert sorted(study.read(table).seed) == [0, 1]
+        assert not (study.folder/'failures.csv').exists()
+        for o in study.done: assert (study.folder/'weights'/f'{o}.safetensors').read_bytes() == files['weights.safetensors']
+    assert failing(monkeypatch, how, work, mended) == 8, 'weights and three tables for each run'
+
+
+@pytest.mark.parametrize('how', faults)
+def test_every_write_of_an_export_may_fail(tmp_path, monkeypatch, capsys, how):
+    def work(n): block3_export.__wrapped__(formats='safetensors,js', out=str(tmp_path/f'{n}'))
+    def mended(n):
+        tidy(tmp_path/f'{n}')
+        work(n)
+        assert {o.name for o in (tmp_path/f'{n}').iterdir()} == {'block3.safetensors', 'block3.js'}
+    assert failing(monkeypatch, how, work, mended) == 2
+
+
+@pytest.mark.parametrize('how', faults)
+def test_every_write_of_a_notebooks_checkpoint_may_fail(tmp_path, monkeypatch, how):
+    def fit(n, **kwargs):
+        learn = block3_learner(mnist_dls(valid='reference', n_train=64, device='cpu'))
+        with learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=Checkpoint(tmp_path/f'{n}', **kwargs))
+        return learn
+    def mended(n):
+        tidy(tmp_path)
+        assert (tmp_path/f'{n}').exists() == (n > 0)
+        if n: assert read_checkpoint(tmp_path/f'{n}')['epoch'] == n
+        assert len(history(fit(n, resume=True))) == 3
+    assert failing(monkeypatch, how, fit, mended) == 3
+
+
+def test_killed_in_its_first_write(tmp_path):
+    "Nothing is there to go on with: the same command begins anew"
+    folder = tmp_path/'run'
+    folder.mkdir()
+    (folder/'.settings.json.tmp').write_text('{')
+    with pytest.raises(ValueError, match='is begun again as it was begun'): resume_run(folder)
+    train_run(folder, **few | dict(epochs=1))
+    assert {o.name for o in folder.iterdir()} == set(run_files)
+
+
+def test_killed_in_its_last_act(tmp_path, capsys):
+    "The run is finished, and what was to be removed is still there"
+    _,folder = train_run(tmp_path/'run', **few | dict(epochs=1))
+    for o in ('checkpoint.pt', '.plots.png.tmp'): (folder/o).touch()
+    block3_train.__wrapped__(resume=str(folder))
+    assert 'is finished' in capsys.readouterr().out and {o.name for o in folder.iterdir()} == set(run_files)
 
 
 def on_a_small_disk(folder):
@@ -239,8 +330,10 @@ def test_compiled_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_another_fit(tmp_path):
-    from mnist_block3.all import block3_learner
-    learn = block3_learner(mnist_dls(valid='reference', n_train=64, device='cpu'))
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(2, cbs=Checkpoint(tmp_path/'c'))
-        with pytest.raises(ValueError, match='is of a fit of 2 epochs, not 3'): learn.fit(3, cbs=Checkpoint(tmp_path/'c', resume=True))
+    def fit(n, bs=64, **kwargs):
+        learn = block3_learner(mnist_dls(valid='reference', n_train=64, bs=bs, device='cpu'))
+        with learn.no_bar(), learn.no_logging(): learn.fit(n, cbs=Checkpoint(**dict(file=tmp_path/'c') | kwargs))
+    fit(2)
+    with pytest.raises(ValueError, match='is of a fit of 2 epochs, not 3'): fit(3, resume=True)
+    with pytest.raises(ValueError, match='c: The checkpoint is not of this fit: it is of 64 images, 64 a step, not of 64, 32'): fit(2, bs=32, resume=True)
+    with pytest.raises(FileNotFoundError, match='none is no folder'): fit(2, file=tmp_path/'none'/'c')

@@ -184,14 +184,6 @@ def test_one_sweep_a_folder(fake, tmp_path):
     assert fake.did == []
 
 
-def test_full_disk_stops_the_sweep(fake, tmp_path, monkeypatch):
-    "It is no fault of the run, which is not listed as failed"
-    def full(*args): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(sweep_module, 'write_whole', full)
-    with pytest.raises(OSError, match='No space left'): sweep(sweep_grid(['tuned'], [0], **small), tmp_path, log=[].append)
-    assert not (tmp_path/'failures.csv').exists()
-
-
 def test_ray_gets_the_same_runs(monkeypatch, tmp_path, real):
     "What goes to Ray, without Ray: each run with its threads or its part of a GPU"
     asked = {}
