@@ -1,4 +1,4 @@
-"""What `PreciseBN` would have changed in runs on the holdout that are done: their weights, judged again."""
+"""What `PreciseBN` would have changed in runs on the holdout whose weights were kept: they are judged again."""
 import sys
 from pathlib import Path
 import pandas as pd, torch, torch.nn.functional as F
