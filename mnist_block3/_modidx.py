@@ -279,6 +279,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mnist_block3.sweep': { 'mnist_block3.sweep.Study': ('sweep.html#study', 'mnist_block3/sweep.py'),
                                     'mnist_block3.sweep.Study.__init__': ('sweep.html#study.__init__', 'mnist_block3/sweep.py'),
                                     'mnist_block3.sweep.Study.done': ('sweep.html#study.done', 'mnist_block3/sweep.py'),
+                                    'mnist_block3.sweep.Study.has': ('sweep.html#study.has', 'mnist_block3/sweep.py'),
                                     'mnist_block3.sweep.Study.locked': ('sweep.html#study.locked', 'mnist_block3/sweep.py'),
                                     'mnist_block3.sweep.Study.of': ('sweep.html#study.of', 'mnist_block3/sweep.py'),
                                     'mnist_block3.sweep.Study.put': ('sweep.html#study.put', 'mnist_block3/sweep.py'),

@@ -114,6 +114,14 @@ class Study:
     @property
     def done(self): return set(self.read().run)
 
+    def has(self,
+        run:dict, # From `run_settings`
+    ) -> bool: # Also judged as the reference judged itself, where it asks for that
+        "Whether the run is done"
+        df = self.read()
+        row = df[df.run == run_name(run)]
+        return len(row) > 0 and (not run['also_reference'] or 'True' in set(row.also_reference.astype(str)))
+
     def of(self,
         recipe:str, # 'reference' or 'tuned'
         **kwargs # More for `run_settings`: what is not as it has it
@@ -163,8 +171,8 @@ def add_run(
     command:str='', # What made it
 ) -> dict: # Its row in `study.csv`
     "Put a finished run into the tables"
-    name,done,row = run_name(run),study.done,_study_row(run, json.loads(files['summary.json']), command)
-    weights = study.folder/'weights'/f'{name}.safetensors'
+    name,row = run_name(run),_study_row(run, json.loads(files['summary.json']), command)
+    done,weights = study.done - {name},study.folder/'weights'/f'{name}.safetensors'
     weights.parent.mkdir(parents=True, exist_ok=True)
     write_whole(weights, files['weights.safetensors'])
     for table,part in (('epochs', 'history.csv'), ('mistakes', 'mistakes.csv')):
@@ -262,7 +270,7 @@ def sweep(
     try:
         study,runs = Study(out),list({run_name(o): o for o in runs}.values())
         with study.locked():
-            todo = [o for o in runs if run_name(o) not in study.done]
+            todo = [o for o in runs if not study.has(o)]
             log(f'{len(runs)} runs, {len(runs) - len(todo)} of them done; {jobs} at once{" on Ray" if ray else ""}, '
                 f'threads a run: {threads}')
             _loop(study, todo, submit, retries, jobs, command, log)

@@ -16,8 +16,8 @@ from mnist_block3.run import set_fit_state
 few = 40 # damaged inputs of each kind in the fast set; the slow set has 100,000 of all kinds together
 
 
-def picture(kind, **kwargs):
-    a,b = np.zeros((40,30), np.uint8),io.BytesIO()
+def picture(kind, shape=(40,30), **kwargs):
+    a,b = np.zeros(shape, np.uint8),io.BytesIO()
     a[5:30,12:16] = 250
     Image.fromarray(a).save(b, kind, **kwargs)
     return b.getvalue()
@@ -26,6 +26,12 @@ def picture(kind, **kwargs):
 def idx(a, dims=None):
     dims = dims or a.shape
     return struct.pack(f'>{len(dims)+1}I', 0x800 + len(dims), *dims) + a.tobytes()
+
+
+def plant(folder, names, data):
+    for o in names:
+        (folder/o).parent.mkdir(parents=True, exist_ok=True)
+        (folder/o).write_bytes(data)
 
 
 @pytest.fixture(scope='module')
@@ -48,6 +54,8 @@ def whole(tmp_path_factory, learn):
     kind('labels', lambda d: read_idx(d/'a'), 'a', idx(digits[0,0] % 10), gzip.compress(idx(digits[0,0] % 10), mtime=0))
     kind('picture', lambda d: mnist_form(d/'a'), 'a', *(picture(o) for o in ('PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WebP', 'PPM', 'ICO', 'TGA', 'PCX')),
          picture('TIFF', compression='tiff_lzw'))
+    kind('folder of images', load_digits, 'training/3/a.png', *(picture(o, (28,28)) for o in ('PNG', 'GIF', 'BMP', 'TIFF')))
+    plant(made['folder of images'][1], ['testing/3/a.png'], picture('PNG', (28,28)))
     kind('weights', lambda d: load_block3(d/'a'), 'a', weights_path.read_bytes(), save({'a': torch.ones(3)}))
     run = tmp_path_factory.mktemp('run')/'run'
     train_run(run, epochs=2, n_train=64, valid='reference', device='cpu')
@@ -69,7 +77,7 @@ def whole(tmp_path_factory, learn):
     return made
 
 
-kinds = ['images', 'labels', 'picture', 'weights', 'settings', 'study', 'epochs', 'mistakes', 'runs of a study', 'checkpoint']
+kinds = ['images', 'labels', 'picture', 'folder of images', 'weights', 'settings', 'study', 'epochs', 'mistakes', 'runs of a study', 'checkpoint']
 where,some_bytes = st.floats(0, 1, exclude_max=True),st.binary(max_size=8)
 nasty = st.sampled_from([b'\xff'*4, b'\xff'*8, b'\x7f' + b'\xff'*7, b'\0'*4, b'\x80', b'NaN', b'-1', b'1e999', b'9'*25, b'"', b'[', b'{', b',', b'\n', b'null'])
 step = st.tuples(st.sampled_from(['cut', 'put', 'over', 'double', 'flip', 'drop']), where, where, st.one_of(some_bytes, nasty))
@@ -308,12 +316,6 @@ def as_numpy(o):
     b = io.BytesIO()
     np.save(b, np.array([o], dtype=object), allow_pickle=True)
     return b.getvalue()
-
-
-def plant(folder, names, data):
-    for o in names:
-        (folder/o).parent.mkdir(parents=True, exist_ok=True)
-        (folder/o).write_bytes(data)
 
 
 four = 'train-images-idx3-ubyte','train-labels-idx1-ubyte','t10k-images-idx3-ubyte','t10k-labels-idx1-ubyte.gz'

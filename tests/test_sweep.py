@@ -98,6 +98,16 @@ def test_each_run_once(fake, tmp_path):
     assert {o.stem for o in (tmp_path/'weights').iterdir()} == study.done
 
 
+def test_a_run_that_was_not_judged_both_ways_is_done_again(fake, tmp_path):
+    "Where that is asked for; its old rows go"
+    runs = sweep_grid(['tuned'], range(2), **small)
+    both = sweep_grid(['tuned'], range(2), **small, also_reference=True)
+    for o in (runs, both[:1], both, runs, both): study = sweep(o, tmp_path, log=[].append, jobs=1)
+    assert fake.did == [0, 1, 0, 1]
+    for name in tables: assert sorted(study.read(name).drop_duplicates(['run', 'seed']).seed) == [0, 1]
+    assert len(study.read()) == 2 and study.read().also_reference.all() and len(study.read('epochs')) == 2
+
+
 def test_the_runs_of_a_recipe(fake, tmp_path):
     runs = sweep_grid(['tuned', 'reference'], range(2), dict(lr=[0.1, 0.05]), **small)
     study = Study(tmp_path)
