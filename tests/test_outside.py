@@ -117,7 +117,9 @@ def fuzz(whole, kind, n):
     def one(which, steps, early):
         file.write_bytes(damaged(contents[which], steps, early))
         try: load(folder)
-        except errors as e: seen.add(str(e))
+        except errors as e:
+            seen.add(str(e))
+            assert str(folder) in str(e) or kind == 'settings' and isinstance(e, FileNotFoundError), e
     with little_memory(400): one()
     assert seen, 'no damage was seen'
 
