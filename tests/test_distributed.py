@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import nn
 from mnist_block3.all import Block3, load_digits, run_files, train_run
+from mnist_block3.cli import _how_to_go_on
 
 pytest.importorskip('accelerate')
 launcher = ['accelerate.commands.launch', '--multi_gpu', '--num_machines=1', '--mixed_precision=no', '--dynamo_backend=no', '--main_process_port=0']
@@ -165,6 +166,12 @@ def test_each_takes_a_gpu_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(ValueError, match="device='cuda:1': each of several processes takes a device of its own"): train_run(tmp_path/'run', device='cuda:1')
     assert not (tmp_path/'run').exists()
+
+
+def test_how_to_go_on_names_the_launcher(monkeypatch):
+    assert _how_to_go_on('a run') == "; go on with: block3_train --resume 'a run'"
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert _how_to_go_on('run') == '; go on with the same launcher and: block3_train --resume run'
 
 
 def test_mistake_ends_all(tmp_path):
