@@ -222,6 +222,13 @@ def test_settings_made_up(whole, path):
     assert refused > 10 or path not in ((), ('settings',))
 
 
+@pytest.mark.parametrize('name,new', [('epochs', None), ('device', ['a']), ('seed', True), ('bf16', 'x'), ('source', 5), ('lr', None)])
+def test_settings_of_another_form(whole, name, new):
+    load,folder,file,(sound,) = whole['settings']
+    file.write_text(json.dumps(changed(json.loads(sound), ('settings', name), new)))
+    with pytest.raises(ValueError, match='settings.json'): load(folder)
+
+
 def test_promises_too_large(tmp_path):
     "A header that promises 4 billion images"
     for name,data in dict(a=idx(np.zeros(0, np.uint8), (2**32-1,28,28)), b=gzip.compress(idx(np.zeros(0, np.uint8), (2**32-1,28,28)))).items():
