@@ -22,10 +22,21 @@ def mend_links(text, depth):
     return re.sub(r'\]\(/(?=[\w/]+\.html)', '](' + '../'*depth, text)
 
 
+def for_smalldocs(text):
+    "The source of a page, or the configuration, without the two keys that are for Quarto only: smalldocs would warn of each"
+    return re.sub(r'^    grid:\n( {6}.*\n)+|^ *"output-file: .*\n', '', text, flags=re.M)
+
+
 def link_comments(page):
     "The HTML `page` with the links that nbdev makes of names in the comments of a signature as links"
     link = lambda comment: re.sub(r'\[`([^`]+)`\]\(([^)]+)\)', r'<a href="\2">\1</a>', comment[0])
     return re.sub(r'<span class="co">[^<]*</span>', link, page)
+
+
+def fold_signatures(page):
+    "The HTML `page` with each line of a signature in an element, so that a long comment can wrap under its own line"
+    lines = lambda m: m[1] + ''.join(f'<span class="line">{o}</span>' for o in m[2].splitlines(keepends=True)) + m[3]
+    return re.sub(r'(cell-output-markdown">\s*<hr />.*?<code class="sourceCode python">)(.*?)(</code></pre>)', lines, page, flags=re.S)
 
 
 def secure(page):
@@ -41,16 +52,19 @@ def main():
     for o in (proc, docs): shutil.rmtree(o, ignore_errors=True)
     proc_nbs()
     for f in sorted(proc.rglob('*.ipynb')):
-        text = mend_links(f.read_text(encoding='utf-8'), len(f.relative_to(proc).parts) - 1)
+        text = for_smalldocs(mend_links(f.read_text(encoding='utf-8'), len(f.relative_to(proc).parts) - 1))
         f.unlink()
         f.with_name(number_free(f.name)).write_text(text, encoding='utf-8')
     quarto = proc/'_quarto.yml'
-    quarto.write_text(re.sub(r'(?<=- )[\w/]+\.ipynb', lambda m: number_free(m[0]), quarto.read_text(encoding='utf-8')), encoding='utf-8')
-    subprocess.run(['smalldocs', 'render', proc], check=True)
+    text = for_smalldocs(quarto.read_text(encoding='utf-8'))
+    quarto.write_text(re.sub(r'(?<=- )[\w/]+\.ipynb', lambda m: number_free(m[0]), text), encoding='utf-8')
+    subprocess.run(['smalldocs', 'render', '--quiet', proc], check=True)
     (proc/'_docs').rename(docs)
     for f in docs.rglob('*.css'): # the themes ask another host for fonts
         f.write_text(re.sub(r'@import\s+(url\(\s*)?["\']?https?:[^"\')]*["\']?\s*\)?[^;]*;', '', f.read_text(encoding='utf-8')), encoding='utf-8')
-    for f in docs.rglob('*.html'): f.write_text(secure(link_comments(f.read_text(encoding='utf-8'))), encoding='utf-8')
+    pages = list(docs.rglob('*.html'))
+    for f in pages: f.write_text(secure(fold_signatures(link_comments(f.read_text(encoding='utf-8')))), encoding='utf-8')
+    print(f'{len(pages)} pages are in {docs}')
 
 
 if __name__ == '__main__': main()
