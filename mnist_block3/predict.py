@@ -67,7 +67,9 @@ def predict_files(
     model = load_block3() if model is None else model
     def read(file):
         try: return mnist_form(file)
-        except (OSError, ValueError) as e: return e
+        except FileNotFoundError: return FileNotFoundError(f'{file} cannot be read: there is no such file')
+        except (OSError, ValueError) as e:
+            return ValueError(f'{file} cannot be read: there are no pictures in this folder') if Path(file).is_dir() else e
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for some in chunked(files, bs):
             read_ = list(pool.map(read, some))
