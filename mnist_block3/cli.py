@@ -8,8 +8,8 @@ __all__ = ['parse_seeds', 'parse_settings', 'one_setting', 'Terminated', 'block3
 
 # %% ../nbs/08_cli.ipynb #fe49af63
 import warnings
-warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
-warnings.filterwarnings('ignore', '.*CUDA is not available.*Disabling')
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai 2.8 calls it as it is imported
+warnings.filterwarnings('ignore', '.*CUDA is not available.*Disabling') # fastai's bf16 on a CPU; `FastEpoch` sees to it
 
 # %% ../nbs/08_cli.ipynb #4d5085e7
 import argparse, inspect, json, os, re, shlex, signal, sys
@@ -72,7 +72,7 @@ def _how_to_go_on(folder):
 
 @call_parse
 def block3_train(
-    recipe:str='reference', # How to train: reference, as the original did, or tuned
+    recipe:str='reference', # How to train: reference, as a student's notebook did, or tuned
     epochs:int=None, # Epochs to train; the recipe's if not given, 15 or 14
     bs:int=64, # Training images a step
     lr:float=None, # Learning rate; the recipe's if not given, 0.02 or 0.1
@@ -83,8 +83,8 @@ def block3_train(
     device:str=None, # cpu, cuda, cuda:1 or mps; the GPU if there is one and none is given
     n_train:int=None, # Keep only the first n_train training images
     bf16:bool=False, # Compute in bfloat16
-    fast:bool=True, # Never let FastEpoch run the epochs
-    also_reference:bool=False, # Judge each epoch also as the reference did, on its training images
+    fast:bool=True, # Whether FastEpoch may run the epochs
+    also_reference:bool=False, # Judge each epoch also by the reference protocol, on the training images
     settings:str=None, # More settings of the recipe, as in "wd=0.0005 drop=0.01"
     out:str=None, # Run folder; runs/ and the time if not given
     resume:str=None, # Run folder of a run that died, to go on with; it keeps its settings
@@ -128,8 +128,8 @@ def block3_sweep(
     device:str=None, # cpu, cuda, cuda:1 or mps; the GPU if there is one and none is given
     n_train:int=None, # Keep only the first n_train training images
     bf16:bool=False, # Compute in bfloat16
-    fast:bool=True, # Never let FastEpoch run the epochs
-    also_reference:bool=False, # Judge each epoch also as the reference did, on its training images
+    fast:bool=True, # Whether FastEpoch may run the epochs
+    also_reference:bool=False, # Judge each epoch also by the reference protocol, on the training images
     out:str='sweep', # Folder of the tables; what is in them is not done again
     jobs:int=None, # Runs at once, or with Ray on each GPU; one a core if not given, or one on a GPU
     threads:int=None, # Threads a run; cores divided by jobs if not given
