@@ -75,7 +75,7 @@ def block3_summary(
     model:nn.Module=None, # `None`: a new `Block3`
     size:tuple=(1,28,28), # Shape of one input, without the batch
 ):
-    "Print the table of the user's document: layers, output shapes, parameters, sizes in MB"
+    "Print a table as torchsummary's: layers, output shapes, parameters, sizes in MB"
     model = Block3() if model is None else model
     table,mb = layer_table(model, size),4/2**20
     n_params = sum(p.numel() for p in model.parameters())
