@@ -119,6 +119,34 @@ def test_the_search_finds_a_name(browser, site):
     assert 'data.html#' in browser.current_url and entry.is_displayed()
 
 
+def cells():
+    "The notebooks, and each cell that may have an output"
+    for f in sorted((root/'nbs').rglob('*.ipynb')):
+        if not f.name.startswith('.'): yield from ((f.name, o) for o in json.loads(f.read_text(encoding='utf-8'))['cells'] if o['cell_type'] == 'code')
+
+def texts(out):
+    "What an output says in words"
+    return [''.join(o) for o in (out.get('text', ''), *(v for k,v in out.get('data', {}).items() if k.startswith('text/')))]
+
+
+def test_no_output_is_of_one_machine():
+    "No warning is saved, nor the path of a folder on the machine that ran the notebook"
+    outs = [(name, o) for name,cell in cells() for o in cell['outputs']]
+    assert len(outs) > 100
+    assert not [name for name,o in outs if o.get('name') == 'stderr' or any(re.search(r'/(tmp|root|home|Users)/|site-packages', t) for t in texts(o))]
+
+
+def test_the_page_has_the_help_that_the_commands_print(monkeypatch):
+    "But for the spelling of options, what stands for their values, and a last line with the version: there fastcore 1 and 2 differ"
+    from fastcore.script import anno_parser
+    from mnist_block3 import cli
+    monkeypatch.setenv('COLUMNS', '120')
+    plain = lambda o: ''.join(re.sub(r'(--[\w-]+) (\(\w+\)|[A-Z_]+)|\nmnist_block3 [\d.]+\s*$', r'\1', o).replace('_', '-').split())
+    shown = {m[1]: texts(cell['outputs'][0])[0] for _,cell in cells() if (m := re.search(r"prog='(\w+)'\)\.print_help", ''.join(cell['source'])))}
+    assert len(shown) == 4
+    for name,text in shown.items(): assert plain(text) == plain(anno_parser(getattr(cli, name).__wrapped__, prog=name).format_help()), name
+
+
 def test_each_promise_is_held_by_a_test():
     "A table row names tests, and each of them is there"
     root = Path(__file__).parent
