@@ -15,6 +15,7 @@ from numbers import Number
 from pathlib import Path
 import pandas as pd
 import torch
+from pandas.api.types import is_integer_dtype
 from .data import _check_count, get_device, mnist_path
 from .evaluate import mistakes
 from .run import recipe_settings, run_settings, train_run, write_whole
@@ -109,6 +110,7 @@ class Study:
             try: df = _read_csv(path)
             except (ValueError, OverflowError) as e: raise ValueError(f'{path} cannot be read: {e}') from e
             if not {'run','recipe','seed'} <= set(df): raise ValueError(f'{path} is no table of a sweep: it has no run, recipe and seed')
+            if len(df) and not (is_integer_dtype(df.seed) and df.seed.between(0, 2**32-1).all()): raise ValueError(f'{path} has a seed that is none')
         return df[~df.run.isin(self.done)] if name == 'failures' else df
 
     @property

@@ -1,5 +1,5 @@
 "Metadata in one place, a README in step with its notebook, and packages that carry MNIST"
-import re, shutil, subprocess, sys, tarfile, tomllib, zipfile
+import json, re, shutil, subprocess, sys, tarfile, tomllib, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -48,6 +48,14 @@ def test_every_notebook_is_in_the_sidebar():
     names = sorted(str(o.relative_to(root/'nbs')) for o in (root/'nbs').rglob('*.ipynb') if not o.name.startswith('.'))
     assert sorted(listed) == names
     assert [o for o in listed if o[0].isdigit()] == [o for o in names if o[0].isdigit()]
+
+
+def test_nothing_is_tested_where_nbdev_test_does_not_look():
+    "It leaves out each cell in which `nbdev_export()` is called"
+    for p in (root/'nbs').rglob('*.ipynb'):
+        for o in json.loads(p.read_text(encoding='utf-8'))['cells']:
+            if 'nbdev_export(' in ''.join(o['source']) and o['cell_type'] == 'code':
+                assert ''.join(o['source']) == '#| hide\nimport nbdev; nbdev.nbdev_export()', p
 
 
 def test_no_dead_addresses(ini):
