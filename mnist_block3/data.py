@@ -355,7 +355,7 @@ def affine_coords(
     deg:torch.Tensor, # Angle of each in degrees, clockwise, (B,)
     right:torch.Tensor, # Shift to the right in pixels, (B,)
     down:torch.Tensor, # Shift down in pixels, (B,)
-    scale:torch.Tensor, # Size in relation to the original, (B,)
+    scale:torch.Tensor, # Size in relation to what it was, (B,)
 ) -> torch.Tensor: # Coordinates in [-1, 1] for `F.grid_sample`, (B, H, H, 2)
     "Where to sample images so that they are rotated and scaled about their centre, then shifted"
     cos,sin = torch.cos(deg*math.pi/180)/scale,torch.sin(deg*math.pi/180)/scale
@@ -407,7 +407,7 @@ mean_std = 0.1307,0.3081
 def mnist_block(
     valid:str='test', # Evaluation protocol: 'test', 'holdout' or 'reference'
     n_train:int=None, # Keep only the first `n_train` training images
-    aug_tfms:list=None, # Random batch transforms on [0, 1]; `None`: those of the original, `[]`: none
+    aug_tfms:list=None, # Random batch transforms on [0, 1]; `None`: those of the student's notebook, `[]`: none
     item_tfms:list=None, # Item transforms; with any, images go through them one by one
 ) -> DataBlock: # Its source is that of `load_digits`
     "A `DataBlock` for MNIST and its siblings; batches are normalised images (B, 1, 28, 28) and labels (B,)"
