@@ -215,14 +215,15 @@ def _reducible(im):
     if im.mode in ('LA', 'La', 'PA', 'RGBa') or 'transparency' in im.info: return 'RGBA'
     return 'L' if im.mode == '1' else 'I' if im.mode.startswith('I') else 'RGB'
 
+def _edge(a): return np.concatenate([a[0], a[-1], a[1:-1,0], a[1:-1,-1]])
+
 def _ink(im):
     "How much the pixels of a PIL image differ from its background, float32 (H, W)"
     if im.width*im.height > (limit := Image.MAX_IMAGE_PIXELS or math.inf): raise ValueError(f'it has {im.width}×{im.height} pixels, more than {limit:,}')
     im = ImageOps.exif_transpose(im)
     if (k := max(im.size)//1024) > 1: im = im.convert(_reducible(im)).reduce(k)
     a = _values(im).reshape(im.height, im.width, -1)
-    edge = np.concatenate([a[0], a[-1], a[1:-1,0], a[1:-1,-1]])
-    ink = np.abs(a - np.median(edge, axis=0)).max(-1)
+    ink = np.abs(a - np.median(_edge(a), axis=0)).max(-1)
     if not 0 < ink.max() < np.inf: raise ValueError('it is blank: all its pixels are the same' if ink.max() == 0 else 'its values are not finite')
     return ink if 254 <= ink.max() <= 255 else ink*(255/ink.max())
 
@@ -240,17 +241,39 @@ def _in_form(ink):
     top,bottom,left,right = _box(ink > 0)
     return 19 <= max(bottom-top, right-left) <= 20 and all(13.48 <= o < 14.52 for o in _centre(ink))
 
+# %% ../nbs/00_data.ipynb #c92f4b17
+def _soften(ink):
+    "Means of `ink` over squares of 7×7 pixels, or less in small pictures; mirrored at the edge"
+    n = min(3, max(ink.shape)//28)
+    for _ in range(2):
+        rows = np.pad(ink, ((n,n), (0,0)), 'reflect')
+        ink = (sum(rows[i:i+len(ink)] for i in range(2*n + 1))/(2*n + 1)).T
+    return ink
+
+def _digit(ink):
+    "The digit that `ink` shows, without noise, and scaled to 20 pixels along its longer side, float32 (h, w)"
+    soft = _soften(ink)
+    noise = np.median(_edge(soft))
+    ink,soft = ink - noise,soft - noise
+    inside = np.where(soft > 0.15*soft.max(), ink, 0)
+    if inside.max() > 0:
+        top,bottom,left,right = map(int, _box(inside > inside.max()/5))
+        scale = 20/max(bottom-top, right-left)
+        h,w = max(1, int(scale*(bottom-top) + 0.5)),max(1, int(scale*(right-left) + 0.5))
+        small = np.asarray(Image.fromarray(ink).resize((w, h), Image.BICUBIC, box=(left, top, right, bottom))).clip(0)
+        if small.any(): return small
+    raise ValueError('it is blank: nothing stands out from its background')
+
 # %% ../nbs/00_data.ipynb #bfca4473
 def mnist_form(
     image:Image.Image|str|Path, # A picture of one digit, of any size, colours and file format, or its path
 ) -> np.ndarray: # uint8, (28, 28)
     "Bring a picture into MNIST's form; raises `FileNotFoundError`, and `ValueError` for what is no picture or blank"
-    with _opened(image) as im: ink = _ink(im)
-    if _in_form(ink): return np.floor(ink + 0.5).astype(np.uint8)
-    top,bottom,left,right = map(int, _box(ink > ink.max()/5))
-    scale = 20/max(bottom-top, right-left)
-    h,w = max(1, int(scale*(bottom-top) + 0.5)),max(1, int(scale*(right-left) + 0.5))
-    small = np.asarray(Image.fromarray(ink).resize((w, h), Image.BICUBIC, box=(left, top, right, bottom))).clip(0)
+    with _opened(image) as im:
+        ink = _ink(im)
+        if _in_form(ink): return np.floor(ink + 0.5).astype(np.uint8)
+        small = _digit(ink)
+    h,w = small.shape
     y,x = (min(max(math.floor(14.5 - o), 0), 28-n) for o,n in zip(_centre(small), (h, w)))
     out = np.zeros((28,28), np.float32)
     out[y:y+h, x:x+w] = small*(255/small.max())

@@ -78,6 +78,20 @@ function box(ink, height, width, least) {
   return [top, bottom, left, right]
 }
 
+const rim = (values, height, width) => values.filter((_, i) => i < width || i >= (height - 1)*width || i % width === 0 || i % width === width - 1)
+
+// Means over squares of 7×7 pixels, or less in small pictures
+function soften(ink, height, width) {
+  const n = Math.min(3, Math.floor(Math.max(height, width)/28))
+  const along = (from, step, place, length) => from.map((_, i) => {
+    const at = place(i), last = length - 1
+    let sum = 0
+    for (let k = at - n; k <= at + n; k++) sum += from[i + (last - Math.abs(last - Math.abs(k)) - at)*step] // mirrored at the edge
+    return sum/(2*n + 1)
+  })
+  return along(along(ink, width, i => Math.floor(i/width), height), 1, i => i % width, width)
+}
+
 // centre of mass, down and across
 function centre(ink, height, width) {
   let [sum, down, across] = [0, 0, 0]
@@ -111,9 +125,8 @@ function resize(ink, height, width, [top, bottom, left, right], h, w) {
 
 // 28×28 grey values in MNIST's form, or null where there is nothing to see
 function mnistForm(grey, height, width) {
-  const edge = grey.filter((_, i) => i < width || i >= (height - 1)*width || i % width === 0 || i % width === width - 1)
-  const paper = median(edge), ink = Float32Array.from(grey, v => Math.abs(v - paper))
-  const most = ink.reduce((a, b) => Math.max(a, b), 0)
+  const max = values => values.reduce((a, b) => Math.max(a, b), 0)
+  const paper = median(rim(grey, height, width)), ink = Float32Array.from(grey, v => Math.abs(v - paper)), most = max(ink)
   if (!most) return null
   if (most < 254) ink.forEach((v, i) => { ink[i] = v*255/most })
   const round = v => Math.min(255, Math.floor(v + 0.5))
@@ -121,10 +134,15 @@ function mnistForm(grey, height, width) {
     const [top, bottom, left, right] = box(ink, 28, 28, 0), longest = Math.max(bottom - top, right - left)
     if (longest >= 19 && longest <= 20 && centre(ink, 28, 28).every(v => v >= 13.48 && v < 14.52)) return Array.from(ink, round)
   }
-  const around = box(ink, height, width, Math.max(most, 255)/5), [top, bottom, left, right] = around
+  const soft = soften(ink, height, width), noise = median(rim(soft, height, width)), least = noise + 0.15*(max(soft) - noise)
+  ink.forEach((v, i) => { ink[i] = v - noise })
+  const inside = ink.map((v, i) => soft[i] > least ? v : 0)
+  if (!max(inside)) return null
+  const around = box(inside, height, width, max(inside)/5), [top, bottom, left, right] = around
   const scale = 20/Math.max(bottom - top, right - left)
   const [h, w] = [bottom - top, right - left].map(v => Math.max(1, Math.floor(scale*v + 0.5)))
   const small = resize(ink, height, width, around, h, w), darkest = Math.max(...small), middle = centre(small, h, w)
+  if (!darkest) return null
   const [y0, x0] = [h, w].map((n, i) => Math.min(Math.max(Math.floor(14.5 - middle[i]), 0), 28 - n))
   const out = new Array(28*28).fill(0)
   small.forEach((v, i) => { out[(y0 + Math.floor(i/w))*28 + x0 + i % w] = round(v*255/darkest) })

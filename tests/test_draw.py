@@ -89,6 +89,7 @@ def test_the_page_has_the_same_form(page):
         y,x = rng.integers(0, h-size),rng.integers(0, w-size)
         pic[y:y+size,x:x+size] = np.maximum(pic[y:y+size,x:x+size], np.asarray(Image.fromarray(o).resize((size,size))))
         pic = 255 - pic if i % 2 else pic
+        if i % 3 == 2: pic = (pic + rng.normal(0, 15, pic.shape)).clip(0, 255).astype(np.uint8)
         if i % 10 == 9: pic = o
         got = np.reshape(page.execute_script('return mnistForm(arguments[0], arguments[1], arguments[2])', pic.flatten().tolist(), *pic.shape), (28,28))
         want = mnist_form(Image.fromarray(pic)).astype(int)
