@@ -197,6 +197,7 @@ def _set_fit_state(learn, state):
     rec.losses = list(kept['losses'].unbind())
     rec.smooth_loss.val,rec.smooth_loss.count = torch.tensor(kept['smooth'][0]),kept['smooth'][1]
 
+# %% ../nbs/05_run.ipynb #890ad9d8
 def _alike(a, b):
     "Whether `a` has the form of `b`: types, names, lengths, shapes"
     if isinstance(b, torch.Tensor): return isinstance(a, torch.Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -212,10 +213,10 @@ def _check_state(learn, state):
     row = dict.fromkeys({*learn.recorder.metric_names[1:], 'lr', 'seconds'} - {'time', 'accuracy'}, 0.) | dict(epoch=0)
     if 'accuracy' in learn.recorder.metric_names: row |= dict(valid_accuracy=0., correct=0, total=0)
     tables = dict(values=[[0.]*len(rec['values'][i]) for i in range(epoch)], lrs=[0.]*n, iters=[0]*epoch, losses=torch.zeros(n), smooth=(0., 0))
-    parts = dict(model=(state['model'], own['model']), momentum=([o.get('momentum_buffer') for o in state['opt']['state'].values()],
-                                                                 [params[i] if 'momentum_buffer' in o else None for i,o in state['opt']['state'].items()]),
-                 optimizer=(state['opt']['param_groups'], own['opt']['param_groups']), numpy=(state['random']['numpy'][1], own['random']['numpy'][1]),
-                 loaders=([len(o) for o in state['loaders']], [len(o) for o in own['loaders']]),
+    opt,momentum = state['opt'],{i: o['momentum_buffer'] for i,o in state['opt']['state'].items() if 'momentum_buffer' in o}
+    parts = dict(model=(state['model'], own['model']), optimizer=(opt['param_groups'], own['opt']['param_groups']),
+                 momentum=(momentum, {i: params[i] for i in momentum}), numpy=(state['random']['numpy'][1], own['random']['numpy'][1]),
+                 loaders=(list(map(len, state['loaders'])), list(map(len, own['loaders']))),
                  history=([{k: o[k] for k in row} for o in state['history']], [row]*epoch), recorder=(rec, tables))
     for k,(a,b) in parts.items():
         if not _alike(a, b): raise ValueError(f'its {k} has another form')
