@@ -16,6 +16,12 @@ def seeded(): set_seed(0)
 def mnist(): return load_digits()
 
 
+@pytest.fixture
+def at_hand(mnist, monkeypatch):
+    "MNIST is not read anew for each of many short runs"
+    monkeypatch.setattr('mnist_block3.data.load_digits', lambda source=None: mnist)
+
+
 @pytest.fixture(scope='session')
 def small_dls(): return mnist_dls(valid='reference', n_train=320, device='cpu')
 

@@ -142,13 +142,21 @@ def processes(folder):
     return found
 
 
+long = *few, '--epochs=20'
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    "A run of two processes to which nothing happens"
+    folder = tmp_path_factory.mktemp('alone')/'run'
+    said,_ = finish(start(2, *train, *long, '--out', folder))
+    assert [int(o[5:8]) for o in said.splitlines() if o.startswith('epoch')] == [*range(1, 21)] # each line once
+    return load_file(folder/'weights.safetensors')
+
+
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='needs /proc')
 @pytest.mark.parametrize('rank', [0, 1])
-def test_killed_and_resumed(tmp_path, rank):
+def test_killed_and_resumed(alone, tmp_path, rank):
     "A process that is killed ends the run with an error, and the same number of processes ends as if nothing had happened"
-    long = *few, '--epochs=40'
-    said,err = finish(start(2, *train, *long, '--out', tmp_path/'whole'))
-    assert [int(o[5:8]) for o in said.splitlines() if o.startswith('epoch')] == [*range(1, 41)] # each line once
     p,folder = start(2, *train, *long, '--out', tmp_path/'run'),tmp_path/'run'
     while not (folder/'checkpoint.pt').exists(): time.sleep(0.05); assert p.poll() is None, p.communicate()
     os.kill(processes(folder)[rank], signal.SIGKILL)
@@ -159,8 +167,7 @@ def test_killed_and_resumed(tmp_path, rank):
     said,_ = finish(start(2, *train, '--resume', folder))
     assert 'Going on' not in said
     assert json.loads((folder/'summary.json').read_text())['resumed_after'] >= 1
-    a,b = (load_file(tmp_path/o/'weights.safetensors') for o in ('whole', 'run'))
-    for k,v in a.items(): assert torch.equal(v, b[k])
+    for k,v in load_file(folder/'weights.safetensors').items(): assert torch.equal(v, alone[k])
     said,_ = finish(start(2, *train, '--resume', folder))
     assert said == f'{folder} is finished: there is nothing left to do\n'
 

@@ -75,7 +75,7 @@ def test_killed_fifty_times(tmp_path, whole):
         i += 1
 
 
-def test_resumed_after_each_epoch(tmp_path, monkeypatch, whole):
+def test_resumed_after_each_epoch(tmp_path, at_hand, monkeypatch, whole):
     "With what is in memory gone, as after a kill between two epochs, the last one included"
     save = Checkpoint.save
     torch.set_num_threads(1)
@@ -212,9 +212,9 @@ def tidy(folder): assert not [o for o in Path(folder).rglob('*') if o.name.endsw
 
 
 @pytest.mark.parametrize('how', faults)
-def test_every_write_of_a_run_may_fail(tmp_path, monkeypatch, capsys, how):
+def test_every_write_of_a_run_may_fail(tmp_path, at_hand, monkeypatch, capsys, how):
     "One line that names file and remedy, nothing half written, the last checkpoint as it was; and with room again the run goes on"
-    two = few | dict(epochs=2)
+    two = few | dict(epochs=2, n_train=64)
     want = weights(train_run(tmp_path/'whole', **two)[1])
     def work(n):
         try: block3_train.__wrapped__(**two, out=str(tmp_path/f'{n}'))
@@ -233,7 +233,7 @@ def test_every_write_of_a_run_may_fail(tmp_path, monkeypatch, capsys, how):
 
 
 @pytest.mark.parametrize('how', faults)
-def test_every_write_of_a_sweep_may_fail(tmp_path, monkeypatch, how):
+def test_every_write_of_a_sweep_may_fail(tmp_path, at_hand, monkeypatch, how):
     "No table is half written, no run is in it twice or called failed, and the sweep goes on"
     run = run_settings(**few | dict(epochs=1, valid='test'))
     _,folder = train_run(tmp_path/'run', **few | dict(epochs=1, valid='test'))
@@ -261,7 +261,7 @@ def test_every_write_of_an_export_may_fail(tmp_path, monkeypatch, capsys, how):
 
 
 @pytest.mark.parametrize('how', faults)
-def test_every_write_of_a_notebooks_checkpoint_may_fail(tmp_path, monkeypatch, how):
+def test_every_write_of_a_notebooks_checkpoint_may_fail(tmp_path, at_hand, monkeypatch, how):
     def fit(n, **kwargs):
         learn = block3_learner(mnist_dls(valid='reference', n_train=64, device='cpu'))
         with learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=Checkpoint(tmp_path/f'{n}', **kwargs))
