@@ -175,6 +175,7 @@ def _check_choice(name, value, choices):
 def _check_count(**kwargs):
     for k,v in kwargs.items():
         if isinstance(v, bool) or not isinstance(v, Integral) or v < 1: raise ValueError(f'{k}={v!r}: {k} is a whole number from 1 on')
+        if v >= 2**63: raise ValueError(f'{k}={v!r}: {k} is below 2**63')
 
 # %% ../nbs/00_data.ipynb #83fd4c7e
 def get_digits(

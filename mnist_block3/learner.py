@@ -7,7 +7,7 @@ __all__ = ['NLLLossFlat', 'StepDecay', 'History', 'history', 'block3_learner', '
            'TrainTfms', 'PreciseBN', 'tuned_cbs']
 
 # %% ../nbs/02_learner.ipynb #4eb03687
-import math, time
+import sys, time
 from copy import deepcopy
 from functools import partial
 from numbers import Real
@@ -64,7 +64,7 @@ class StepDecay(Callback):
 # %% ../nbs/02_learner.ipynb #a5fba80d
 class History(Callback):
     "Keep a row for each epoch of the last fit"
-    order,trained = 51,False
+    order,trained,n_right,n_seen,began = 51,False,0,0,0.
     def __init__(self): self.rows = []
     def before_epoch(self): self.began = time.perf_counter()
 
@@ -124,7 +124,7 @@ def block3_learner(
 # %% ../nbs/02_learner.ipynb #d485262c
 def _check_rates(**kwargs):
     for k,v in kwargs.items():
-        if not (isinstance(v, Real) and 0 < v < math.inf): raise ValueError(f'{k}={v!r}: {k} is a number above 0')
+        if not (isinstance(v, Real) and 0 < v <= sys.float_info.max): raise ValueError(f'{k}={v!r}: {k} is a number above 0')
 
 def _check_reference(lr, mom, step_size, gamma):
     _check_rates(lr=lr, gamma=gamma)
@@ -235,7 +235,7 @@ def tuned_cbs(
     _check_share(mom=mom, drop=drop)
     if not 0 < pct_start < 1: raise ValueError(f'pct_start={pct_start!r}: pct_start is above 0 and below 1')
     for k,v in dict(wd=wd, aug=aug, elastic=elastic).items():
-        if not 0 <= v < math.inf: raise ValueError(f'{k}={v!r}: {k} is a number from 0 on')
+        if not 0 <= v <= sys.float_info.max: raise ValueError(f'{k}={v!r}: {k} is a number from 0 on')
     rate = combine_scheds([pct_start, 1-pct_start], [SchedLin(0., lr), SchedLin(lr, 0.)])
     return [ParamScheduler({'lr': rate}), SetSGD(momentum=mom, weight_decay=wd, nesterov=nesterov), SetDropout(drop),
             *[TrainTfms(Distort(elastic=elastic, strength=aug))]*(aug > 0), *[PreciseBN()]*precise_bn]

@@ -94,6 +94,8 @@ bad = {
     'n_train':     (dict(n_train=-1), 'n_train=-1'),
     'lr':          (dict(lr=0.), 'lr=0.0'),
     'inf':         (dict(lr=float('inf')), 'lr=inf'),
+    'no float':    (dict(lr=10**400), 'lr=1000'),
+    'no int64':    (dict(epochs=2**63), 'epochs is below 2**63'),
     'mom':         (dict(mom=1.), 'mom=1.0'),
     'recipe':      (dict(recipe='tunde'), "recipe='tunde': recipe is one of 'reference', 'tuned'"),
     'tuned lr':    (dict(recipe='tuned', lr=-1.), 'lr=-1.0'),
