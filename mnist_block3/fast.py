@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['engines', 'compile_steps', 'sgd_step', 'PointwiseAsMatmul', 'as_function', 'batch_pred', 'Steps', 'why_plain',
-           'epoch_schedule', 'on_signals', 'held_signals', 'has_compiler', 'FastEpoch']
+           'epoch_schedule', 'on_signals', 'HeldSignals', 'held_signals', 'has_compiler', 'FastEpoch']
 
 # %% ../nbs/03_fast.ipynb #f89a65dd
 import os, random, shutil, signal, threading, time
@@ -26,6 +26,7 @@ from fastai.learner import AvgLoss, AvgMetric, CastToTensor, Learner, Recorder
 from fastai.losses import BaseLoss
 from fastai.metrics import accuracy, AccumMetric, error_rate
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import num_distrib
 from fastai.vision.augment import RandTransform
 from fastprogress.fastprogress import NBMasterBar
 from .data import DigitDL
@@ -164,11 +165,13 @@ def start(self:Steps,
     order, # Indices of the images, (n,)
     lrs, # Learning rates, (n_steps, groups)
     moms, # Momentum, (n_steps, groups)
+    first:int=0, # The step to begin with
+    n_right:int=0, # How many images were right in the steps before it
 ):
     "Set what an epoch needs"
     for a,b in ((self.order, order), (self.lrs, lrs), (self.moms, moms)): a.copy_(torch.as_tensor(b, dtype=a.dtype))
-    self.at.zero_()
-    self.n_right.zero_()
+    self.at.fill_(first)
+    self.n_right.fill_(n_right)
 
 @patch
 def __call__(self:Steps,
@@ -352,18 +355,32 @@ def on_signals(
     finally:
         for o,h in old.items(): signal.signal(o, h)
 
+class HeldSignals:
+    "Signals that wait"
+    def __init__(self, old): self.old,self.came = old,[]
+
+    def hold(self, num, frame):
+        again = any(num == o for o,_ in self.came)
+        self.came.append((num, frame))
+        if again: self.let()
+
+    def let(self):
+        "Let those that have come through to whoever handled them before"
+        while self.came:
+            num,frame = self.came.pop(0)
+            if callable(self.old[num]): self.old[num](num, frame)
+            else: # it ends the process
+                signal.signal(num, signal.SIG_DFL)
+                signal.raise_signal(num)
+
 @contextmanager
 def held_signals(
     *nums, # Signals to hold back
 ):
-    "Hold signals back; call what is yielded where they may be let through"
-    came,old = [],{o: h for o in nums if callable(h := signal.getsignal(o))}
-    def let():
-        while came:
-            num,frame = came.pop(0)
-            old[num](num, frame)
-    with on_signals({o: lambda *args: came.append(args) for o in old}): yield let
-    let()
+    "Hold signals back until the end, or until `let` of what is yielded; the second of a kind goes through at once"
+    held = HeldSignals({o: h for o in nums if (h := signal.getsignal(o)) not in (signal.SIG_IGN, None)})
+    with on_signals(dict.fromkeys(held.old, held.hold)): yield held
+    held.let()
 
 # %% ../nbs/03_fast.ipynb #8f7ed391
 compile_steps = 6000
@@ -377,7 +394,7 @@ def has_compiler() -> bool:
 class FastEpoch(Callback):
     "Run each epoch from index to SGD without callback events for its batches, where that gives the same result"
     order,_stateattrs,bar_seconds = 61,('steps','signature','table'),0.1
-    engine,why = 'plain',None
+    engine,why,nowhere = 'plain',None,(0,0,noop)
     def __init__(self,
         on:bool=True, # `False`: always fastai's own loop
         compile:bool=None, # Use `torch.compile`; `None`: on a CPU
@@ -390,9 +407,12 @@ class FastEpoch(Callback):
 
     def before_fit(self):
         self._drop()
-        self.said = False
+        self.said,self.begin = False,self.nowhere
         if self.bf16 and next(self.model.parameters()).device.type == 'cpu':
             self.mixed_precision.autocast = torch.autocast('cpu', torch.bfloat16) # fastai's own is for CUDA only
+
+    def before_epoch(self):
+        if type(self.learn).all_batches is Learner.all_batches: self.learn.all_batches = self._batches # until the steps are done
 
     def before_train(self):
         self.why = self._why()
@@ -409,6 +429,8 @@ class FastEpoch(Callback):
         self.took = True
         raise CancelValidException()
 
+    def after_train(self): vars(self.learn).pop('all_batches', None)
+
     def after_cancel_train(self):
         if self.took: self.took,self.recorder.cancel_train = False,False
 
@@ -416,6 +438,12 @@ class FastEpoch(Callback):
         if self.took: self.took,self.recorder.cancel_valid = False,False
 
     def after_fit(self): self._drop()
+
+    def begin_after(self,
+        n:int, # Steps of the next epoch that are done already
+        n_right:int, # How many images were right in them
+        then=noop, # Called when they have been passed over, to put random states back
+    ): self.begin = n,n_right,then
 
     @property
     def bf16(self):
@@ -458,6 +486,8 @@ def _build(self:FastEpoch):
 def _go_plain(self:FastEpoch):
     "Leave this epoch to fastai, and say why, once a fit"
     self._drop()
+    if self.begin is not self.nowhere and 'all_batches' not in vars(self.learn):
+        raise ValueError(f'{type(self.learn).__name__} has a loop of its own, which cannot begin within an epoch')
     self.engine,logger = 'plain',self.learn.logger
     while hasattr(owner := getattr(logger, '__self__', None), 'old_logger'): logger = owner.old_logger
     if self.said or self.why in ('fast=False', 'the fit is short') or logger is noop: return
@@ -471,27 +501,61 @@ def _go_plain(self:FastEpoch):
 def _run(self:FastEpoch):
     "Take all steps of an epoch"
     st,dl,pbar = self.steps,self.dls.train,getattr(getattr(self.learn, 'progress', None), 'pbar', None)
+    n,n_right,then = self.begin
     dl.randomize()
-    st.start(dl.get_idxs(), self.table['lr'], self.table['mom'])
-    self.n_told,self.learn.n_iter,n,shown = 0,st.n_steps,0,time.perf_counter()
+    st.start(dl.get_idxs(), self.table['lr'], self.table['mom'], n, n_right)
+    then()
+    self.begin,self.n_told,self.learn.n_iter,shown = self.nowhere,n,st.n_steps,time.perf_counter()
     try:
-        with held_signals(signal.SIGINT, signal.SIGTERM) as let:
+        with held_signals(signal.SIGINT, signal.SIGTERM) as held:
             while n < st.n_steps:
                 st(n)
                 n += 1
-                let()
+                if held.came:
+                    self._hand_over(n)
+                    held.let()
                 if pbar is None or time.perf_counter() - shown < self.bar_seconds: continue
                 self._tell(n)
                 pbar.update(n)
                 pbar.comment,shown = f'{self.smooth_loss.item():.4f}',time.perf_counter()
-        self._tell(n)
+            self._hand_over(n)
     except BaseException:
         self._tell(n)
         self._drop()
+        self.after_train()
         raise
-    n_seen = st.counts*(st.n_full*dl.bs + (st.n_steps > st.n_full)*len(st.tail))
-    for cb in self.learn.cbs.sorted('order'):
-        if hasattr(type(cb), 'after_fast_train'): cb.after_fast_train(int(st.n_right), n_seen)
+
+def _call(learn, name, *args):
+    "Call the method `name` of all callbacks that have it"
+    for cb in learn.cbs.sorted('order'):
+        if hasattr(type(cb), name): getattr(cb, name)(*args)
+
+@patch
+def _hand_over(self:FastEpoch, n):
+    "Have all know what the first `n` steps have come to"
+    st = self.steps
+    self._tell(n)
+    n_seen = st.counts*(min(n, st.n_full)*self.dls.train.bs + (n > st.n_full)*len(st.tail))
+    _call(self.learn, 'after_fast_train', int(st.n_right), n_seen)
+    _call(self.learn, 'after_steps', n)
+
+# %% ../nbs/03_fast.ipynb #5c5abf3a
+@patch
+def _batches(self:FastEpoch):
+    "`Learner.all_batches`, which stops between two steps, and can begin between two"
+    learn,(first,_,then) = self.learn,self.begin
+    vars(learn).pop('all_batches', None)
+    if not learn.training: return learn.all_batches()
+    self.begin,learn.n_iter = self.nowhere,len(learn.dl)
+    # of several processes each would stop at another step
+    with held_signals(*[] if num_distrib() > 1 else [signal.SIGINT, signal.SIGTERM]) as held:
+        for i,b in enumerate(learn.dl):
+            if i >= first: learn.one_batch(i, b)
+            elif i == first - 1: then()
+            if i < first or not held.came: continue
+            _call(learn, 'after_steps', i+1)
+            held.let()
+        _call(learn, 'after_steps', learn.n_iter)
 
 # %% ../nbs/03_fast.ipynb #173e17e0
 @patch
@@ -516,7 +580,7 @@ def _tell_losses(self:FastEpoch, losses):
     met,smooth = self.recorder.smooth_loss,[]
     val = float(met.val)
     for o in losses:
-        val = o + met.beta*(val-o)
+        val = float(np.float32(o + met.beta*(val-o))) # as it is kept, so that it does not matter when it is told
         met.count += 1
         smooth.append(val/(1 - met.beta**met.count))
     met.val = torch.tensor(val)

@@ -1,4 +1,4 @@
-import functools, http.server, os, shutil, subprocess, sys, threading
+import functools, http.server, os, shutil, signal, subprocess, sys, threading
 from pathlib import Path
 from filelock import FileLock
 import matplotlib
@@ -20,6 +20,14 @@ def mnist(): return load_digits()
 def at_hand(mnist, monkeypatch):
     "MNIST is not read anew for each of many short runs"
     monkeypatch.setattr('mnist_block3.data.load_digits', lambda source=None: mnist)
+
+
+@pytest.fixture
+def listening_to_ctrl_c():
+    "A shell has jobs in the background ignore it"
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
 
 
 @pytest.fixture(scope='session')

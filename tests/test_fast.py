@@ -1,5 +1,5 @@
 "The fast path against fastai's own loop: the same result, by whichever path, on a CPU and under `pytest -m cuda` on a GPU"
-import copy, shutil, signal
+import copy, shutil, signal, subprocess, sys
 from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -291,24 +291,59 @@ class Boom(Callback):
     def after_epoch(self): raise ValueError('boom')
 
 
-@pytest.fixture
-def listening_to_ctrl_c():
-    "A shell has jobs in the background ignore it"
-    old = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, old)
-
-
 def test_signals_are_held_until_they_are_let_through(listening_to_ctrl_c):
     done = []
-    with pytest.raises(KeyboardInterrupt), held_signals(signal.SIGINT) as let:
+    with pytest.raises(KeyboardInterrupt), held_signals(signal.SIGINT) as held:
         for i in range(3):
             done.append(f'{i} begun')
             if i == 1: signal.raise_signal(signal.SIGINT)
             done.append(f'{i} done')
-            let()
+            held.let()
     assert done == ['0 begun', '0 done', '1 begun', '1 done']
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_second_signal_does_not_wait(listening_to_ctrl_c):
+    done = []
+    with pytest.raises(KeyboardInterrupt), held_signals(signal.SIGINT):
+        for i in range(3):
+            done.append(i)
+            if i: signal.raise_signal(signal.SIGINT)
+    assert done == [0, 1, 2]
+
+
+def test_a_signal_that_ends_the_process_waits_too():
+    code = 'import signal; from mnist_block3.fast import held_signals\n' \
+           'with held_signals(signal.SIGTERM): signal.raise_signal(signal.SIGTERM); print("done", flush=True)\n' \
+           'print("never", flush=True)'
+    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (res.returncode, res.stdout) == (-signal.SIGTERM, 'done\n')
+
+
+@pytest.mark.parametrize('at', [1, 3])
+def test_fastais_own_loop_ends_at_a_step_too(device, at, listening_to_ctrl_c):
+    class Signal(Callback):
+        def after_pred(self):
+            if self.training and self.train_iter == at - 1: signal.raise_signal(signal.SIGINT)
+    seen,learn = [],make(device, fast=False)
+    opt_step = torch.optim.SGD.step
+    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(torch.optim.SGD, 'step', lambda self, *args: (opt_step(self, *args), seen.append(1)))
+        learn.fit(2, cbs=Signal())
+    assert len(seen) == len(learn.recorder.losses) == learn.train_iter == at
+    assert 'all_batches' not in vars(learn) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_loop_of_ones_own_cannot_begin_within_an_epoch(device):
+    class Mine(Learner):
+        def all_batches(self): super().all_batches()
+    class Midway(Callback):
+        def before_train(self): self.learn.fast_epoch.begin_after(1, 0)
+    base = make(device, fast=False)
+    learn = Mine(base.dls, base.model, loss_func=base.loss_func, opt_func=base.opt_func, cbs=FastEpoch())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        with pytest.raises(ValueError, match='Mine has a loop of its own'): learn.fit(1, cbs=Midway())
 
 
 @pytest.mark.parametrize('at', [1, 3, 4, 6])
