@@ -8,8 +8,8 @@ __all__ = ['run_files', 'recipes', 'recipe_epochs', 'new_run_dir', 'write_whole'
            'recipe_settings', 'run_settings', 'JudgeAlso', 'train_run', 'read_settings', 'resume_run']
 
 # %% ../nbs/05_run.ipynb #017596a7
-import hashlib, inspect, io, json, math, os, platform, random, tempfile, zipfile
-from contextlib import contextmanager, nullcontext
+import hashlib, inspect, io, json, math, os, platform, random, signal, tempfile, time, zipfile
+from contextlib import contextmanager, ExitStack, nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Learner
 from fastai.torch_core import get_model, num_distrib, rank_distrib, set_seed
 from . import __version__
-from .fast import engines
+from .fast import engines, held_signals
 from .data import _check_choice, _check_count, _check_source, get_device, mnist_dls, mnist_path, protocols
 from .learner import _check_reference, block3_learner, history, tuned_cbs
 from .evaluate import plot_history
@@ -36,8 +36,8 @@ run_files = 'settings.json','history.csv','summary.json','weights.safetensors','
 
 # %% ../nbs/05_run.ipynb #7545ad17
 def _is_tmp(file):
-    "Whether a write left `file` behind that was killed"
-    return file.name.startswith('.') and file.suffix == '.tmp'
+    "Whether a process left `file` behind that was killed"
+    return file.name.startswith('.') and file.suffix in ('.tmp', '.lock')
 
 def new_run_dir(
     out:str|Path=None, # Where; `None`: `runs/` and the time
@@ -80,16 +80,27 @@ def _sync_folder(folder):
 # %% ../nbs/05_run.ipynb #d40d7cf5
 @contextmanager
 def locked(
-    folder:Path, # A run folder
+    path:Path, # A folder, or a file that there need not be yet
 ):
-    "Have `folder` for this process alone; raises `ValueError` where another has it"
+    "Have `path` to oneself; raises `ValueError` where another process has it, or for a file another fit"
     if fcntl is None: yield; return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f'{folder} is in use by another process') from None
-        yield
-    finally: os.close(fd)
+    path = Path(path)
+    own = path if path.is_dir() else path.with_name(f'.{path.name}.lock') # a file is replaced when it is written
+    fd = _lock(own)
+    if fd is None: raise ValueError(f'{path} is in use by another {"process" if own is path else "fit"}')
+    try: yield
+    finally:
+        if own is not path: own.unlink(missing_ok=True)
+        os.close(fd)
+
+def _lock(path):
+    "A descriptor that holds `path`, or `None` where another does"
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o600)
+    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return os.close(fd)
+    if path.exists() and os.path.samestat(os.fstat(fd), path.stat()): return fd
+    os.close(fd) # whoever held it has just removed it
+    return _lock(path)
 
 # %% ../nbs/05_run.ipynb #e643cd3f
 def _cpu_name():
@@ -166,20 +177,25 @@ def _plain(o):
 
 # %% ../nbs/05_run.ipynb #d7fee679
 def fit_state(
-    learn:Learner, # In a fit, at the end of an epoch
+    learn:Learner, # In a fit, at the end of an epoch or between two of its steps
+    n:int=0, # Steps of the epoch that are done; 0: the epoch is
+    loaders:list=None, # Random states of the loaders when the epoch began; `None`: as they are
 ) -> dict: # Tensors, numbers and strings, which `torch.load` reads with `weights_only`
     "All that the rest of the fit follows from"
-    rec = learn.recorder
+    rec,h = learn.recorder,learn.history
     recorded = dict(values=_plain(rec.values), lrs=_plain(rec.lrs), iters=_plain(rec.iters), losses=torch.tensor([float(o) for o in rec.losses]),
                     smooth=(float(rec.smooth_loss.val), rec.smooth_loss.count))
-    return dict(epoch=learn.epoch+1, n_epoch=learn.n_epoch, train_iter=learn.train_iter, model=get_model(learn.model).state_dict(),
-                opt=learn.opt.state_dict(), random=_random_state(learn.dls.device), loaders=[o.rng.getstate() for o in learn.dls.loaders],
-                history=_plain(learn.history.rows), recorder=recorded, engine=learn.fast_epoch.engine,
-                data=(learn.dls.train.n, learn.dls.train.bs))
+    part = dict(n=n, n_right=int(h.n_right), n_seen=h.n_seen, seconds=time.perf_counter() - h.began, pct_train=float(learn.pct_train))
+    return dict(epoch=learn.epoch + (n == 0), n_epoch=learn.n_epoch, train_iter=learn.train_iter, part=part,
+                model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(), random=_random_state(learn.dls.device),
+                loaders=loaders or _loader_states(learn.dls), history=_plain(h.rows), recorder=recorded,
+                engine=learn.fast_epoch.engine, data=(learn.dls.train.n, learn.dls.train.bs))
+
+def _loader_states(dls): return [o.rng.getstate() for o in dls.loaders]
 
 # %% ../nbs/05_run.ipynb #ba074f4f
 def set_fit_state(
-    learn:Learner, # In a fit of as many epochs, at the end of the same epoch
+    learn:Learner, # In a fit of as many epochs, at the end of the same epoch, or as the same epoch begins
     state:dict, # From `fit_state`
 ):
     "Put `learn` where another stood; raises `ValueError` for a state that is not of such a fit"
@@ -192,10 +208,16 @@ def _set_fit_state(learn, state):
     learn.opt.load_state_dict(state['opt'])
     _set_random_state(state['random'], learn.dls.device)
     for dl,rng in zip(learn.dls.loaders, state['loaders']): dl.rng.setstate(rng)
+    if state['part']['n']: _set_part(learn, state['part'], partial(_set_random_state, state['random'], learn.dls.device))
     learn.history.rows,learn.train_iter,rec,kept = state['history'],state['train_iter'],learn.recorder,state['recorder']
     rec.values,rec.lrs,rec.iters = kept['values'],kept['lrs'],kept['iters']
     rec.losses = list(kept['losses'].unbind())
     rec.smooth_loss.val,rec.smooth_loss.count = torch.tensor(kept['smooth'][0]),kept['smooth'][1]
+
+def _set_part(learn, part, put_back):
+    h = learn.history
+    h.n_right,h.n_seen,h.began,learn.pct_train = part['n_right'],part['n_seen'],h.began - part['seconds'],part['pct_train']
+    learn.fast_epoch.begin_after(part['n'], part['n_right'], put_back)
 
 # %% ../nbs/05_run.ipynb #890ad9d8
 def _alike(a, b):
@@ -209,6 +231,7 @@ def _check_state(learn, state):
     "Raise `ValueError` where something in `state` has not the form that it has in a fit of `learn`"
     own,rec,epoch,n = fit_state(learn),state['recorder'],state['epoch'],state['train_iter']
     if tuple(state['data']) != own['data']: raise ValueError('it is of {0} images, {1} a step, not of {2}, {3}'.format(*state['data'], *own['data']))
+    if n != len(rec['lrs']) or not 0 <= state['part']['n'] <= len(learn.dls.train): raise ValueError('its steps do not add up')
     params = [p for g in learn.opt.opt.param_groups for p in g['params']]
     row = dict.fromkeys({*learn.recorder.metric_names[1:], 'lr', 'seconds'} - {'time', 'accuracy'}, 0.) | dict(epoch=0)
     if 'accuracy' in learn.recorder.metric_names: row |= dict(valid_accuracy=0., correct=0, total=0)
@@ -216,7 +239,7 @@ def _check_state(learn, state):
     opt,momentum = state['opt'],{i: o['momentum_buffer'] for i,o in state['opt']['state'].items() if 'momentum_buffer' in o}
     parts = dict(model=(state['model'], own['model']), optimizer=(opt['param_groups'], own['opt']['param_groups']),
                  momentum=(momentum, {i: params[i] for i in momentum}), numpy=(state['random']['numpy'][1], own['random']['numpy'][1]),
-                 loaders=(list(map(len, state['loaders'])), list(map(len, own['loaders']))),
+                 loaders=(list(map(len, state['loaders'])), list(map(len, own['loaders']))), part=(state['part'], own['part']),
                  history=([{k: o[k] for k in row} for o in state['history']], [row]*epoch), recorder=(rec, tables))
     for k,(a,b) in parts.items():
         if not _alike(a, b): raise ValueError(f'its {k} has another form')
@@ -224,36 +247,58 @@ def _check_state(learn, state):
 
 # %% ../nbs/05_run.ipynb #ea9fec0c
 class Checkpoint(Callback):
-    "Keep in `file` what the fit needs to go on from its last epoch; with `resume`, go on from there"
+    "Keep in `file` what the fit needs to go on from where it is; with `resume`, go on from there"
     order = 60.1 # after all that adds to the history; before EpochLines, which says that an epoch is done
+    _learn = None
     def __init__(self,
-        file:str|Path, # Written after each epoch, whole or not at all
+        file:str|Path, # Written whole or not at all
         resume:bool=False, # Go on from `file`, where there is one
-    ): self.file,self.resume = Path(file),resume
+    ): self.file,self.resume,self.lock = Path(file),resume,ExitStack()
+
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, learn): # which fastai sets to `None` however a fit has ended
+        self._learn = learn
+        if learn is None: self.lock.close()
 
     def before_fit(self):
         if not self.file.parent.is_dir(): raise FileNotFoundError(f'{self.file.parent} is no folder')
+        self.lock.close()
+        if not rank_distrib(): self.lock.enter_context(locked(self.file))
         self.resumed = read_checkpoint(self.file) if self.resume and self.file.is_file() else None
-        self.n_done = self.resumed['epoch'] if self.resumed else 0
+        self.n_epochs,self.n_steps = (self.resumed['epoch'], self.resumed['part']['n']) if self.resumed else (0, 0)
         if not self.resumed: return
         self.learn.history.rows = []
         if self.resumed['n_epoch'] != self.n_epoch:
             raise ValueError(f'{self.file} is of a fit of {self.resumed["n_epoch"]} epochs, not {self.n_epoch}')
 
     def before_epoch(self):
-        if self.epoch < self.n_done: raise CancelEpochException()
+        if self.epoch < self.n_epochs: raise CancelEpochException()
+
+    def before_train(self):
+        if self.n_steps and self.epoch == self.n_epochs: self.go_on()
+        self.loaders = _loader_states(self.dls)
+
+    def after_steps(self, n):
+        if num_distrib() < 2 and not self.recorder.train_metrics: self.save(n, self.loaders)
 
     def after_epoch(self):
-        if self.epoch >= self.n_done: self.save()
-        elif self.epoch == self.n_done - 1:
-            try: set_fit_state(self.learn, self.resumed)
-            except ValueError as e: raise ValueError(f'{self.file}: {e}') from e
+        if self.epoch >= self.n_epochs: self.save()
+        elif self.epoch == self.n_epochs - 1 and not self.n_steps: self.go_on()
 
-    def save(self):
+    def after_fit(self): self.lock.close()
+
+    def go_on(self):
+        try: set_fit_state(self.learn, self.resumed)
+        except ValueError as e: raise ValueError(f'{self.file}: {e}') from e
+
+    def save(self, *args):
         if rank_distrib(): return
         buffer = io.BytesIO()
-        torch.save(fit_state(self.learn), buffer)
-        write_whole(self.file, buffer.getvalue())
+        with held_signals(signal.SIGINT, signal.SIGTERM):
+            torch.save(fit_state(self.learn, *args), buffer)
+            write_whole(self.file, buffer.getvalue())
 
 # %% ../nbs/05_run.ipynb #a9b2e670
 def read_checkpoint(
@@ -270,10 +315,15 @@ def read_checkpoint(
     except Exception as e:
         raise ValueError(f'{file} is no checkpoint, or damaged: {str(e).splitlines()[0] if str(e) else type(e).__name__}; '
                          'delete it, and the fit begins anew') from e
-    want = dict(epoch=int, n_epoch=int, train_iter=int, model=dict, opt=dict, random=dict, loaders=list, history=list, recorder=dict, engine=str, data=tuple)
+    want = dict(epoch=int, n_epoch=int, train_iter=int, part=dict, model=dict, opt=dict, random=dict, loaders=list, history=list, recorder=dict, engine=str, data=tuple)
     ok = isinstance(state, dict) and set(state) == set(want) and all(isinstance(state[k], o) for k,o in want.items())
-    if not ok or not 0 < state['epoch'] <= state['n_epoch'] or state['engine'] not in engines: raise ValueError(f'{file} is no checkpoint of a fit')
+    if not ok or state['engine'] not in engines or not _within(state['epoch'], state['n_epoch'], state['part'].get('n')):
+        raise ValueError(f'{file} is no checkpoint of a fit')
     return state
+
+def _within(epoch, n_epoch, n):
+    "Whether after `epoch` epochs of `n_epoch`, and `n` steps, something is done, and no more than there is"
+    return type(n) is int and (0 < epoch <= n_epoch if n == 0 else 0 <= epoch < n_epoch and n > 0)
 
 def _tensors(o):
     "All tensors in `o`"
@@ -395,9 +445,10 @@ def _fit(learn, fit, folder, about, bar):
             fit(run['epochs'], cbs=[JudgeAlso()]*run['also_reference'] + [EpochLines(run['valid'])]*first + [keep])
         if not first: return learn,folder
         seconds = (datetime.now(timezone.utc) - began).total_seconds()
-        engine = keep.resumed['engine'] if keep.n_done == run['epochs'] else learn.fast_epoch.engine
-        if keep.n_done and engine != keep.resumed['engine']: print(f'The first epochs were run by: {keep.resumed["engine"]}, these by: {engine}')
-        save_run(learn, folder, run['valid'], settings=run, began=about['began'], seconds=seconds, resumed_after=keep.n_done or None,
+        engine = keep.resumed['engine'] if keep.n_epochs == run['epochs'] else learn.fast_epoch.engine
+        if keep.resumed and engine != keep.resumed['engine']: print(f'It began with the steps: {keep.resumed["engine"]}, and went on with: {engine}')
+        resumed = dict(epochs=keep.n_epochs, steps=keep.n_steps) if keep.resumed else None
+        save_run(learn, folder, run['valid'], settings=run, began=about['began'], seconds=seconds, resumed_after=resumed,
                  engine=engine, why=learn.fast_epoch.why)
     except BaseException as e:
         e.run_folder = folder

@@ -3,11 +3,12 @@ import errno, json, multiprocessing, os, random, re, signal, stat, subprocess, s
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
-from mnist_block3.all import (block3_learner, Checkpoint, history, mnist_dls, new_run_dir, read_checkpoint, read_settings, resume_run, run_files,
-                              run_settings, Study, sweep, train_run, write_whole)
+from mnist_block3.all import (block3_learner, Callback, Checkpoint, history, locked, mnist_dls, new_run_dir, read_checkpoint, resume_run, run_files,
+                              run_settings, set_seed, Study, sweep, train_run, write_whole)
 from mnist_block3 import run as run_module
 from mnist_block3 import sweep as sweep_module
 from mnist_block3.cli import block3_export, block3_train
+from mnist_block3.fast import Steps
 
 few = dict(epochs=4, n_train=320, valid='reference', device='cpu')
 fork = multiprocessing.get_context('forkserver')
@@ -80,9 +81,9 @@ def test_resumed_after_each_epoch(tmp_path, at_hand, monkeypatch, whole):
     save = Checkpoint.save
     torch.set_num_threads(1)
     for last in range(1, 5):
-        def stop(self):
-            save(self)
-            if self.epoch + 1 == last: raise KeyboardInterrupt()
+        def stop(self, *part):
+            save(self, *part)
+            if self.epoch + 1 == last and not part: raise KeyboardInterrupt()
         monkeypatch.setattr(Checkpoint, 'save', stop)
         with pytest.raises(KeyboardInterrupt): train_run(tmp_path/str(last), **few)
         monkeypatch.setattr(Checkpoint, 'save', save)
@@ -90,8 +91,75 @@ def test_resumed_after_each_epoch(tmp_path, at_hand, monkeypatch, whole):
         learn,folder = resume_run(tmp_path/str(last))
         assert same(weights(folder), whole['reference'][0])
         summary = json.loads((folder/'summary.json').read_text())
-        assert (summary['resumed_after'], summary['results']['total']) == (last, 320)
+        assert (summary['resumed_after'], summary['results']['total']) == (dict(epochs=last, steps=0), 320)
         assert len((folder/'history.csv').read_text().splitlines()) == 5
+
+
+class Signal(Callback):
+    "Send SIGINT in step `n` of epoch `e`, counted from 0; step 5 is the evaluation"
+    def __init__(self, e, n): self.when = e,n
+    def send(self, n):
+        if (self.epoch, n) == self.when: signal.raise_signal(signal.SIGINT)
+    def before_validate(self): self.send(5)
+
+class SignalInLoop(Signal):
+    def after_pred(self):
+        if self.training: self.send(self.iter)
+
+
+def some_steps(monkeypatch, fast, recipe, *cbs, stop=None):
+    "A fit of three epochs of five steps each, the last one shorter, that SIGINT may stop"
+    set_seed(0)
+    learn = block3_learner(mnist_dls(valid='reference', n_train=300, device='cpu'), fast=fast)
+    learn.fast_epoch.use_compile,learn.fast_epoch.min_steps = False,0
+    stop = stop and (Signal if fast else SignalInLoop)(*stop)
+    with monkeypatch.context() as m, learn.no_bar(), learn.no_logging():
+        if stop and fast: m.setattr(Steps, '__call__', lambda self, n, step=Steps.__call__: (step(self, n), stop.send(n)))
+        getattr(learn, recipe)(3, cbs=[*cbs, *[stop]*(stop is not None)])
+    assert learn.fast_epoch.engine == ('eager' if fast else 'plain')
+    return learn
+
+
+@pytest.mark.parametrize('recipe', ['fit', 'fit_tuned'])
+@pytest.mark.parametrize('fast', [True, False])
+def test_stopped_at_a_step(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c, recipe, fast):
+    "In the first epoch, a later one, the last; at the first step, the last, after it: the step is done and kept, and what is left is done once"
+    whole = some_steps(monkeypatch, fast, recipe)
+    for e,n in ((0,0), (0,5), (1,3), (1,4), (2,1), (2,5)):
+        file = tmp_path/f'{e}{n}'
+        with pytest.raises(KeyboardInterrupt): some_steps(monkeypatch, fast, recipe, Checkpoint(file), stop=(e, n))
+        state = read_checkpoint(file)
+        assert (state['epoch'], state['part']['n'], state['train_iter']) == (e, min(n+1, 5), 5*e + min(n+1, 5))
+        done,step = [],torch.optim.SGD.step
+        with monkeypatch.context() as m:
+            if not fast: m.setattr(torch.optim.SGD, 'step', lambda self, *args: (done.append(1), step(self, *args)))
+            learn = some_steps(monkeypatch, fast, recipe, Checkpoint(file, resume=True))
+        assert fast or len(done) == 15 - state['train_iter']
+        assert same(learn.model.state_dict(), whole.model.state_dict())
+        assert history(learn).drop(columns='seconds').equals(history(whole).drop(columns='seconds'))
+        for k in ('losses', 'lrs', 'iters', 'values'): assert getattr(learn.recorder, k) == getattr(whole.recorder, k), k
+
+
+def test_stopped_twice_in_an_epoch(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c):
+    whole = some_steps(monkeypatch, True, 'fit_tuned')
+    for n in (0, 2, 3):
+        with pytest.raises(KeyboardInterrupt): some_steps(monkeypatch, True, 'fit_tuned', Checkpoint(tmp_path/'c', resume=True), stop=(1, n))
+    learn = some_steps(monkeypatch, True, 'fit_tuned', Checkpoint(tmp_path/'c', resume=True))
+    assert same(learn.model.state_dict(), whole.model.state_dict())
+    assert history(learn).drop(columns='seconds').equals(history(whole).drop(columns='seconds'))
+
+
+def test_stopped_while_it_writes(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c):
+    "The write comes first"
+    fsync = os.fsync
+    def interrupted(fd):
+        if stat.S_ISREG(os.fstat(fd).st_mode): signal.raise_signal(signal.SIGINT)
+        fsync(fd)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(os, 'fsync', interrupted)
+        some_steps(monkeypatch, False, 'fit', Checkpoint(tmp_path/'c'))
+    assert read_checkpoint(tmp_path/'c')['part']['n'] == 5
+    assert [o.name for o in tmp_path.iterdir()] == ['c']
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, capsys):
@@ -145,22 +213,51 @@ def test_a_folder_has_one_process(tmp_path):
     train_run(folder, **few | dict(epochs=1))
 
 
-@pytest.mark.parametrize('num,code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals(tmp_path, num, code):
-    "One line on how to go on, which works"
-    exe = Path(sys.executable).parent/'block3_train'
-    args = ['--epochs', '50', '--n_train', '640', '--valid', 'reference', '--device', 'cpu', '--out', 'a run']
-    p = subprocess.Popen([exe, *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # which a job in the background has not
+def console(folder, *args):
+    "`block3_train`, which listens to Ctrl-C, as a job in the background does not"
+    return subprocess.Popen([Path(sys.executable).parent/'block3_train', *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | dict(OMP_NUM_THREADS='1'), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+
+
+@pytest.mark.parametrize('num,code,fast', [(signal.SIGINT, 130, '--fast'), (signal.SIGTERM, 143, '--no_fast')])
+def test_signals(tmp_path, num, code, fast):
+    "One line on how to go on, which works, from the very step"
+    run = dict(epochs=3, n_train=3200, valid='reference', device='cpu')
+    args = [str(o) for k,v in run.items() for o in (f'--{k}', v)] + ['--no_fast']*(fast == '--no_fast')
+    p = console(tmp_path, *args, '--out', 'a run')
     for line in p.stdout:
-        if line.startswith('epoch  2'): break
-    p.send_signal(num)
+        if line.startswith('epoch  1'): break
+    time.sleep(0.3)
+    for _ in range(2): # one is enough, and two are no harm
+        p.send_signal(num)
+        time.sleep(0.5)
     _,err = p.communicate(timeout=60)
     assert (p.returncode, err) == (code, "block3_train: stopped; go on with: block3_train --resume 'a run'\n")
-    done = read_checkpoint(tmp_path/'a run'/'checkpoint.pt')['epoch']
-    assert done >= 1
-    about = json.loads((tmp_path/'a run'/'settings.json').read_text())
-    assert read_settings(tmp_path/'a run')['settings'] == about['settings']
+    state = read_checkpoint(tmp_path/'a run'/'checkpoint.pt')
+    assert state['epoch'] == 1 and 0 < state['part']['n'] < 50
+    q = console(tmp_path, '--resume', 'a run')
+    out,err = q.communicate(timeout=60)
+    assert (q.returncode, err) == (0, '') and [o[:8] for o in out.splitlines() if o.startswith('epoch')] == ['epoch  2', 'epoch  3']
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: train_run(tmp_path/'whole', fast=fast == '--fast', **run)
+    finally: torch.set_num_threads(threads)
+    assert same(weights(tmp_path/'a run'), weights(tmp_path/'whole'))
+
+
+@pytest.mark.parametrize('num,code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('command', ['block3_train', 'block3_predict'])
+def test_stopped_before_it_has_begun(tmp_path, num, code, command):
+    "While the libraries are imported, which takes seconds"
+    with open(tmp_path/'err', 'w+') as err:
+        p = subprocess.Popen([Path(sys.executable).parent/command, 'x.png'], stderr=err, cwd=tmp_path,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        while not any(o in Path(f'/proc/{p.pid}/maps').read_text() for o in ('libtorch', '_pickle')): time.sleep(0.01)
+        p.send_signal(num)
+        p.wait(60)
+        err.seek(0)
+        assert (p.returncode, err.read()) == (code, f'{command}: stopped\n')
+    assert [o.name for o in tmp_path.iterdir()] == ['err']
 
 
 class Full:
@@ -229,7 +326,7 @@ def test_every_write_of_a_run_may_fail(tmp_path, at_hand, monkeypatch, capsys, h
         if (folder/'settings.json').exists(): resume_run(folder)
         else: train_run(folder, **two)
         assert same(weights(folder), want), n
-    assert failing(monkeypatch, how, work, mended) == 7, 'settings, two checkpoints, and four files at the end'
+    assert failing(monkeypatch, how, work, mended) == 9, 'settings, two checkpoints an epoch, and four files at the end'
 
 
 @pytest.mark.parametrize('how', faults)
@@ -269,9 +366,9 @@ def test_every_write_of_a_notebooks_checkpoint_may_fail(tmp_path, at_hand, monke
     def mended(n):
         tidy(tmp_path)
         assert (tmp_path/f'{n}').exists() == (n > 0)
-        if n: assert read_checkpoint(tmp_path/f'{n}')['epoch'] == n
+        if n: assert read_checkpoint(tmp_path/f'{n}')['train_iter'] == (n+1)//2
         assert len(history(fit(n, resume=True))) == 3
-    assert failing(monkeypatch, how, fit, mended) == 3
+    assert failing(monkeypatch, how, fit, mended) == 6
 
 
 def test_killed_in_its_first_write(tmp_path):
@@ -313,20 +410,43 @@ def test_short_writes(tmp_path, whole):
 
 
 @pytest.mark.slow
-def test_compiled_run_goes_on(tmp_path, monkeypatch):
+def test_compiled_run_goes_on(tmp_path, monkeypatch, listening_to_ctrl_c):
     "To the bit, on the path that long runs on a CPU take"
     monkeypatch.setattr('mnist_block3.fast.compile_steps', 0)
     want = train_run(tmp_path/'a', **few)[0]
     assert want.fast_epoch.engine == 'compiled'
-    save = Checkpoint.save
-    def stop(self):
-        save(self)
-        if self.epoch == 1: raise KeyboardInterrupt()
-    monkeypatch.setattr(Checkpoint, 'save', stop)
-    with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'b', **few)
-    monkeypatch.setattr(Checkpoint, 'save', save)
+    step,n_done = Steps.__call__,[]
+    def interrupted(self, n):
+        step(self, n)
+        n_done.append(n)
+        if len(n_done) == 7: signal.raise_signal(signal.SIGINT)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Steps, '__call__', interrupted)
+        train_run(tmp_path/'b', **few)
+    assert read_checkpoint(tmp_path/'b'/'checkpoint.pt')['part']['n'] == 2
     learn,_ = resume_run(tmp_path/'b')
     assert learn.fast_epoch.engine == 'compiled' and same(weights(tmp_path/'b'), weights(tmp_path/'a'))
+
+
+def test_a_checkpoint_has_one_fit(tmp_path, at_hand):
+    "A lock that goes with the process that holds it, and with the fit, however that ends"
+    lock,dls = tmp_path/'.c.lock',mnist_dls(valid='reference', n_train=64, device='cpu')
+    def fit(*cbs):
+        learn = block3_learner(dls)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[*cbs, Checkpoint(tmp_path/'c')])
+    code = f'import fcntl, os, time; fd = os.open({str(lock)!r}, os.O_CREAT); fcntl.flock(fd, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)'
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) as p:
+        p.stdout.readline()
+        with pytest.raises(ValueError, match='c is in use by another fit'): fit()
+        p.kill()
+    assert not (tmp_path/'c').exists()
+    class Boom(Callback):
+        def before_train(self): 1/0
+    with pytest.raises(ZeroDivisionError): fit(Boom())
+    assert not lock.exists()
+    with locked(tmp_path/'c'), pytest.raises(ValueError, match='in use'): fit()
+    fit()
+    assert [o.name for o in tmp_path.iterdir()] == ['c']
 
 
 def test_a_checkpoint_of_another_fit(tmp_path):
