@@ -7,13 +7,24 @@ __all__ = ['parse_seeds', 'parse_settings', 'one_setting', 'Terminated', 'block3
            'block3_export', 'respell']
 
 # %% ../nbs/08_cli.ipynb #fe49af63
-import warnings
+import os, signal, sys, warnings
+from pathlib import Path
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai 2.8 calls it as it is imported
 warnings.filterwarnings('ignore', '.*CUDA is not available.*Disabling') # fastai's bf16 on a CPU; `FastEpoch` sees to it
 
+_command = name if (name := Path(sys.argv[0]).stem) in ('block3_train', 'block3_sweep', 'block3_predict', 'block3_export') else None
+
+def _stop(num, frame):
+    "End while there is nothing to keep"
+    if os.environ.get('RANK', '0') == '0': os.write(2, f'{_command}: stopped\n'.encode())
+    os._exit(128 + num)
+
+_stops = [o for o in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(o) is not signal.SIG_IGN]
+for o in _stops if _command else []: signal.signal(o, _stop) # the imports take seconds
+
 # %% ../nbs/08_cli.ipynb #4d5085e7
-import argparse, inspect, json, os, re, shlex, signal, sys
-from pathlib import Path
+import argparse, inspect, json, re, shlex
+from contextlib import contextmanager
 from typing import Annotated
 import fastcore.script
 from fastcore.script import anno_parser, call_parse
@@ -65,6 +76,20 @@ class Terminated(KeyboardInterrupt): "The signal SIGTERM has come"
 
 def _terminate(num, frame): raise Terminated()
 
+@contextmanager
+def _stoppable(
+    command:str, # Its name
+    go_on=lambda e: '', # What to say about going on, for the `KeyboardInterrupt`
+):
+    "Within it SIGINT and SIGTERM end the command with a line and the exit status 130 or 143"
+    raisers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+    try:
+        with on_signals({o: raisers[o] for o in _stops}): yield
+    except KeyboardInterrupt as e:
+        for o in _stops if _command else []: signal.signal(o, signal.SIG_IGN) # it is on its way
+        if not rank_distrib(): print(f'{command}: stopped{go_on(e)}', file=sys.stderr)
+        sys.exit(143 if isinstance(e, Terminated) else 130)
+
 def _how_to_go_on(folder):
     if not folder: return ''
     launcher = ' the same launcher and' if num_distrib() > 1 else ''
@@ -91,10 +116,9 @@ def block3_train(
 ):
     "Train the 7,904-parameter network on MNIST, and keep history, summary, weights and plots in a run folder"
     args = dict(locals())
-    first = rank_distrib() == 0 # of the processes of a launcher, where there are several
     others = [k for k,o in inspect.signature(block3_train).parameters.items() if k != 'resume' and args[k] != o.default]
     try:
-        with on_signals({signal.SIGTERM: _terminate}):
+        with _stoppable('block3_train', lambda e: _how_to_go_on(getattr(e, 'run_folder', resume))):
             if resume is not None:
                 if others: raise ValueError(f'{", ".join(others)}: a run that is resumed keeps the settings that it began with')
                 learn,folder = resume_run(resume, sys.stdout.isatty())
@@ -105,11 +129,7 @@ def block3_train(
                                          also_reference=also_reference, **more)
     except (ValueError, RuntimeError) as e: sys.exit('block3_train: ' + str(e).rpartition('\n\t')[2]) # fastai puts the callback before it
     except OSError as e: sys.exit(f'block3_train: {e}{_how_to_go_on(getattr(e, "run_folder", None))}')
-    except KeyboardInterrupt as e:
-        go_on = _how_to_go_on(getattr(e, 'run_folder', resume))
-        if first: print(f'block3_train: stopped{go_on}', file=sys.stderr)
-        sys.exit(143 if isinstance(e, Terminated) else 130)
-    if not first: return
+    if rank_distrib(): return # the first of the processes of a launcher speaks for all
     if learn is None: return print(f'{folder} is finished: there is nothing left to do')
     valid = read_settings(folder)['settings']['valid']
     print(f'\n{block_report(history(learn), measured=protocols[valid])}')
@@ -142,13 +162,11 @@ def block3_sweep(
                   fast=fast, also_reference=also_reference)
     command = shlex.join(['block3_sweep', *sys.argv[1:]])
     try:
-        names = recipes.split(',')
-        runs = sweep_grid(names, parse_seeds(seeds), parse_settings(settings, names), **shared)
-        study = sweep(runs, out, jobs, threads, retries, ray, address, command)
+        with _stoppable('block3_sweep', lambda e: '; run the same command again to go on'):
+            names = recipes.split(',')
+            runs = sweep_grid(names, parse_seeds(seeds), parse_settings(settings, names), **shared)
+            study = sweep(runs, out, jobs, threads, retries, ray, address, command)
     except (ValueError, OSError, RuntimeError) as e: sys.exit(f'block3_sweep: {e}')
-    except KeyboardInterrupt:
-        print('block3_sweep: stopped; run the same command again to go on', file=sys.stderr)
-        sys.exit(130)
     failed = set(map(run_name, runs)) - study.done
     print(f'The tables are in {study.folder}')
     if failed: sys.exit(f'block3_sweep: {len(failed)} runs failed, see {study.folder/"failures.csv"}')
@@ -168,12 +186,13 @@ def block3_predict(
     sys.stdout.reconfigure(errors='surrogateescape') # a file's name may be any bytes
     failed = 0
     try:
-        for file,probs in predict_files(find_images(images), load_block3(weights)):
-            if isinstance(probs, Exception):
-                failed += 1
-                print(f'block3_predict: {probs}', file=sys.stderr)
-            else: print(_as_json(file, probs) if json else f'{file}\t{probs.argmax()}\t{probs.max():.4f}')
-        sys.stdout.flush()
+        with _stoppable('block3_predict'):
+            for file,probs in predict_files(find_images(images), load_block3(weights)):
+                if isinstance(probs, Exception):
+                    failed += 1
+                    print(f'block3_predict: {probs}', file=sys.stderr)
+                else: print(_as_json(file, probs) if json else f'{file}\t{probs.argmax()}\t{probs.max():.4f}')
+            sys.stdout.flush()
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # whoever read, as `head` does, has enough
     except (ValueError, OSError) as e: sys.exit(f'block3_predict: {e}')
     if failed: sys.exit(1)
@@ -191,11 +210,12 @@ def block3_export(
     "Write the network for use elsewhere: block3.safetensors, block3.onnx, block3.js"
     try:
         if bad := set(formats.split(',')) - set(exports): raise ValueError(f'formats={",".join(sorted(bad))!r}: formats are {", ".join(exports)}')
-        model,folder = load_block3(weights),Path(out).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        for o in formats.split(','):
-            write_whole(folder/f'block3.{o}', exports[o](model))
-            print(folder/f'block3.{o}')
+        with _stoppable('block3_export'):
+            model,folder = load_block3(weights),Path(out).expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
+            for o in formats.split(','):
+                write_whole(folder/f'block3.{o}', exports[o](model))
+                print(folder/f'block3.{o}')
     except (ImportError, ValueError, OSError, RuntimeError) as e: sys.exit(f'block3_export: {e}')
 
 # %% ../nbs/08_cli.ipynb #5f19f77a
@@ -209,6 +229,6 @@ def respell(
     return [known.get(a.replace('_', '-'), a) + eq + b for a,eq,b in parts]
 
 # %% ../nbs/08_cli.ipynb #0f61b9cc
-if (_command := Path(sys.argv[0]).stem) in ('block3_train', 'block3_sweep', 'block3_predict', 'block3_export'):
+if _command:
     sys.argv[1:] = respell(sys.argv[1:], globals()[_command].__wrapped__)
     argparse.ArgumentParser.error = lambda self, message: self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
