@@ -8,7 +8,6 @@ __all__ = ['sweep_grid', 'run_name', 'run_label', 'run_alone', 'Study', 'add_run
 # %% ../nbs/06_sweep.ipynb #026167b5
 import hashlib, io, itertools, json, math, os, re, subprocess, sys, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from numbers import Number
@@ -18,7 +17,7 @@ import torch
 from pandas.api.types import is_integer_dtype
 from .data import _check_count, get_device, mnist_path
 from .evaluate import mistakes
-from .run import recipe_settings, run_settings, train_run, write_whole
+from .run import locked, recipe_settings, run_settings, train_run, write_whole
 
 # %% ../nbs/06_sweep.ipynb #0f759582
 def sweep_grid(
@@ -144,17 +143,6 @@ class Study:
         if rows: write_whole(path, pd.concat(rows, ignore_index=True).to_csv(index=False).encode())
         else: path.unlink(missing_ok=True)
 
-    @contextmanager
-    def locked(self):
-        "Make the folder, and keep other sweeps out of it where the system has `flock`"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder/'.lock', 'w') as f:
-            try:
-                import fcntl
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError: pass
-            except BlockingIOError: raise ValueError(f'Another sweep is at work in {self.folder}') from None
-            yield
 
 # %% ../nbs/06_sweep.ipynb #e2b52669
 def _study_row(run, summary, command):
@@ -271,7 +259,8 @@ def sweep(
     submit,stop,jobs = _on_ray(address, threads, device, jobs) if ray else _local(jobs, threads)
     try:
         study,runs = Study(out),list({run_name(o): o for o in runs}.values())
-        with study.locked():
+        study.folder.mkdir(parents=True, exist_ok=True)
+        with locked(study.folder):
             todo = [o for o in runs if not study.has(o)]
             log(f'{len(runs)} runs, {len(runs) - len(todo)} of them done; {jobs} at once{" on Ray" if ray else ""}, '
                 f'threads a run: {threads}')

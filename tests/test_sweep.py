@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load
 from mnist_block3 import sweep as sweep_module
-from mnist_block3.all import Block3, mnist_dls, run_alone, run_label, run_name, Study, sweep, sweep_grid, train_run
+from mnist_block3.all import Block3, locked, mnist_dls, run_alone, run_label, run_name, Study, sweep, sweep_grid, train_run
 from mnist_block3.cli import block3_sweep, parse_seeds
 
 small = dict(epochs=1, n_train=320, device='cpu')
@@ -189,7 +189,7 @@ def test_time_left(fake, tmp_path, monkeypatch):
 
 
 def test_one_sweep_a_folder(fake, tmp_path):
-    with Study(tmp_path).locked(), pytest.raises(ValueError, match='Another sweep is at work in'):
+    with locked(tmp_path), pytest.raises(ValueError, match='is in use by another process'):
         sweep(sweep_grid(['tuned'], [0], **small), tmp_path, log=[].append)
     assert fake.did == []
 
