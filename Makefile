@@ -5,7 +5,7 @@ PYTHON   ?= python3
 VENV     := .venv
 ARGS     ?=
 run_needs := torch torchvision fastai fastcore safetensors matplotlib pandas
-dev_needs := $(run_needs) nbdev pytest sklearn nbconvert smalldocs onnxruntime onnxscript selenium selenium_axe_python xdist filelock hypothesis accelerate
+dev_needs := $(run_needs) nbdev pytest sklearn nbconvert smalldocs onnxruntime onnxscript selenium selenium_axe_python xdist random_order filelock hypothesis accelerate
 bench_needs := $(run_needs) $(if $(filter --all lightning,$(ARGS)),lightning)
 
 # "yes" where the active environment has all modules of $(1), and this checkout as mnist_block3
@@ -23,7 +23,7 @@ with_dev = PATH="$(abspath $(dev_bin)):$$PATH"
 # once, as pytest does on tests, and threads of torch that outnumber the cores wait for each other, so each gets one
 nbdev = $(with_dev) OMP_NUM_THREADS=1 $(if $(wildcard $(dev_bin)/nbdev_$(1)),nbdev_$(1),nbdev-$(subst _,-,$(1)))
 
-.PHONY: help train test test-slow bench readme prepare docs docs-serve clean
+.PHONY: help train test test-slow test-random bench readme prepare docs docs-serve clean
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
 
@@ -40,6 +40,12 @@ test: $(dev_env) ## Run all notebooks and the tests
 test-slow: $(dev_env) ## Run what `make test` leaves out for its length
 	$(call nbdev,test) --flags slow
 	$(with_dev) python -m pytest -m 'slow and not cuda' $(ARGS)
+
+test-random: $(dev_env) ## Run the tests ten times, or N= times, each time in another order
+	for seed in $$(shuf -i 1-999999 -n $(or $(N),10)); do
+	  echo "== order $$seed"
+	  $(with_dev) OMP_NUM_THREADS=1 python -m pytest -n auto --random-order --random-order-seed=$$seed $(ARGS)
+	done
 
 bench: $(bench_env) ## Measure speed against other ways, for a quarter of an hour or more; options in ARGS="--all --one-epoch"
 	@$(bench_bin)/python benchmarks/bench.py $(ARGS)
