@@ -43,15 +43,25 @@ def trained(small_dls):
 
 
 @pytest.fixture(scope='session')
-def built(tmp_path_factory):
-    "The folder of the site, built from the notebooks, once for all processes that run tests"
-    root,shared = Path(__file__).resolve().parent.parent,tmp_path_factory.getbasetemp()
+def once(tmp_path_factory):
+    "A function that calls `fill` with a folder, once for all processes that run tests, and returns the folder"
+    shared = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent
-    env = os.environ | {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
-    with FileLock(shared/'site.lock'):
-        if not (shared/'site').exists():
-            subprocess.run([sys.executable, 'tools/docs.py'], cwd=root, env=env, check=True, capture_output=True)
-            (shared/'site').touch()
+    def once(name, fill):
+        with FileLock(shared/f'{name}.lock'):
+            if not (shared/f'{name}.done').exists():
+                (shared/name).mkdir()
+                fill(shared/name)
+                (shared/f'{name}.done').touch()
+        return shared/name
+    return once
+
+
+@pytest.fixture(scope='session')
+def built(once):
+    "The folder of the site, built from the notebooks"
+    root,env = Path(__file__).resolve().parent.parent,os.environ | {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    once('site', lambda _: subprocess.run([sys.executable, 'tools/docs.py'], cwd=root, env=env, check=True, capture_output=True))
     return root/'_docs'
 
 
