@@ -1,5 +1,6 @@
 "A run that dies: at any moment, by any signal, on a full disk; and the one that goes on"
 import errno, json, multiprocessing, os, random, re, signal, stat, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
@@ -107,33 +108,40 @@ class SignalInLoop(Signal):
         if self.training: self.send(self.iter)
 
 
-def some_steps(monkeypatch, fast, recipe, *cbs, stop=None):
+def some_steps(monkeypatch, fast, recipe, *cbs, stop=None, device='cpu'):
     "A fit of three epochs of five steps each, the last one shorter, that SIGINT may stop"
     set_seed(0)
-    learn = block3_learner(mnist_dls(valid='reference', n_train=300, device='cpu'), fast=fast)
+    learn = block3_learner(mnist_dls(valid='reference', n_train=300, device=device), fast=fast)
     learn.fast_epoch.use_compile,learn.fast_epoch.min_steps = False,0
     stop = stop and (Signal if fast else SignalInLoop)(*stop)
     with monkeypatch.context() as m, learn.no_bar(), learn.no_logging():
         if stop and fast: m.setattr(Steps, '__call__', lambda self, n, step=Steps.__call__: (step(self, n), stop.send(n)))
         getattr(learn, recipe)(3, cbs=[*cbs, *[stop]*(stop is not None)])
-    assert learn.fast_epoch.engine == ('eager' if fast else 'plain')
+    assert learn.fast_epoch.engine == (('eager' if device == 'cpu' else 'graph') if fast else 'plain')
     return learn
+
+
+@pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
+def to_the_bit(request):
+    "A device whose kernels give the same bits each time"
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True): yield request.param
 
 
 @pytest.mark.parametrize('recipe', ['fit', 'fit_tuned'])
 @pytest.mark.parametrize('fast', [True, False])
-def test_stopped_at_a_step(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c, recipe, fast):
+def test_stopped_at_a_step(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c, to_the_bit, recipe, fast):
     "In the first epoch, a later one, the last; at the first step, the last, after it: the step is done and kept, and what is left is done once"
-    whole = some_steps(monkeypatch, fast, recipe)
+    fit = partial(some_steps, monkeypatch, fast, recipe, device=to_the_bit)
+    whole = fit()
     for e,n in ((0,0), (0,5), (1,3), (1,4), (2,1), (2,5)):
         file = tmp_path/f'{e}{n}'
-        with pytest.raises(KeyboardInterrupt): some_steps(monkeypatch, fast, recipe, Checkpoint(file), stop=(e, n))
+        with pytest.raises(KeyboardInterrupt): fit(Checkpoint(file), stop=(e, n))
         state = read_checkpoint(file)
         assert (state['epoch'], state['part']['n'], state['train_iter']) == (e, min(n+1, 5), 5*e + min(n+1, 5))
         done,step = [],torch.optim.SGD.step
         with monkeypatch.context() as m:
             if not fast: m.setattr(torch.optim.SGD, 'step', lambda self, *args: (done.append(1), step(self, *args)))
-            learn = some_steps(monkeypatch, fast, recipe, Checkpoint(file, resume=True))
+            learn = fit(Checkpoint(file, resume=True))
         assert fast or len(done) == 15 - state['train_iter']
         assert same(learn.model.state_dict(), whole.model.state_dict())
         assert history(learn).drop(columns='seconds').equals(history(whole).drop(columns='seconds'))
