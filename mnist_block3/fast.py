@@ -300,6 +300,8 @@ def why_plain(
 ) -> str: # One reason, or `None`
     "Why `learn` needs fastai's own training loop"
     if type(learn) is not Learner: return f'{type(learn).__name__} may have a loop of its own'
+    own = [o for o in ('all_batches', 'one_batch', '_do_one_batch') if o in vars(learn) and not (o == 'all_batches' and mine._in_place())]
+    if own: return f'the learner has its own {own[0]}'
     if why := _why_not_dl(learn.dls.train): return why
     here,loss = next(learn.model.parameters()).device,learn.loss_func
     there = torch.empty(0, device=learn.dls.device).device
@@ -353,7 +355,7 @@ def on_signals(
     old = {o: signal.signal(o, h) for o,h in handlers.items()} if here else {}
     try: yield
     finally:
-        for o,h in old.items(): signal.signal(o, h)
+        for o in reversed(old): signal.signal(o, old[o]) # Ctrl-C, which is named first, may come again as soon as it is back
 
 class HeldSignals:
     "Signals that wait"
@@ -366,12 +368,13 @@ class HeldSignals:
 
     def let(self):
         "Let those that have come through to whoever handled them before"
-        while self.came:
-            num,frame = self.came.pop(0)
-            if callable(self.old[num]): self.old[num](num, frame)
-            else: # it ends the process
-                signal.signal(num, signal.SIG_DFL)
-                signal.raise_signal(num)
+        if not self.came: return
+        num,frame = self.came.pop(0)
+        try:
+            if callable(self.old[num]): return self.old[num](num, frame)
+            signal.signal(num, signal.SIG_DFL) # it ends the process
+            signal.raise_signal(num)
+        finally: self.let()
 
 @contextmanager
 def held_signals(
@@ -379,8 +382,9 @@ def held_signals(
 ):
     "Hold signals back until the end, or until `let` of what is yielded; the second of a kind goes through at once"
     held = HeldSignals({o: h for o in nums if (h := signal.getsignal(o)) not in (signal.SIG_IGN, None)})
-    with on_signals(dict.fromkeys(held.old, held.hold)): yield held
-    held.let()
+    try:
+        with on_signals(dict.fromkeys(held.old, held.hold)): yield held
+    finally: held.let()
 
 # %% ../nbs/03_fast.ipynb #8f7ed391
 compile_steps = 6000
@@ -412,7 +416,7 @@ class FastEpoch(Callback):
             self.mixed_precision.autocast = torch.autocast('cpu', torch.bfloat16) # fastai's own is for CUDA only
 
     def before_epoch(self):
-        if type(self.learn).all_batches is Learner.all_batches: self.learn.all_batches = self._batches # until the steps are done
+        if self._plain_loop(): self.learn.all_batches = partial(self._batches, self.learn) # until the steps are done
 
     def before_train(self):
         self.why = self._why()
@@ -429,7 +433,12 @@ class FastEpoch(Callback):
         self.took = True
         raise CancelValidException()
 
-    def after_train(self): vars(self.learn).pop('all_batches', None)
+    def after_train(self):
+        if self._in_place(): del self.learn.all_batches
+
+    def _in_place(self): return getattr(vars(self.learn).get('all_batches'), 'func', None) == self._batches
+
+    def _plain_loop(self): return type(self.learn).all_batches is Learner.all_batches and ('all_batches' not in vars(self.learn) or self._in_place())
 
     def after_cancel_train(self):
         if self.took: self.took,self.recorder.cancel_train = False,False
@@ -486,7 +495,7 @@ def _build(self:FastEpoch):
 def _go_plain(self:FastEpoch):
     "Leave this epoch to fastai, and say why, once a fit"
     self._drop()
-    if self.begin is not self.nowhere and 'all_batches' not in vars(self.learn):
+    if self.begin is not self.nowhere and not self._in_place():
         raise ValueError(f'{type(self.learn).__name__} has a loop of its own, which cannot begin within an epoch')
     self.engine,logger = 'plain',self.learn.logger
     while hasattr(owner := getattr(logger, '__self__', None), 'old_logger'): logger = owner.old_logger
@@ -541,11 +550,11 @@ def _hand_over(self:FastEpoch, n):
 
 # %% ../nbs/03_fast.ipynb #5c5abf3a
 @patch
-def _batches(self:FastEpoch):
+def _batches(self:FastEpoch, learn):
     "`Learner.all_batches`, which stops between two steps, and can begin between two"
-    learn,(first,_,then) = self.learn,self.begin
-    vars(learn).pop('all_batches', None)
-    if not learn.training: return learn.all_batches()
+    del learn.all_batches
+    if self.learn is not learn or not learn.training: return learn.all_batches()
+    first,_,then = self.begin
     self.begin,learn.n_iter = self.nowhere,len(learn.dl)
     # of several processes each would stop at another step
     with held_signals(*[] if num_distrib() > 1 else [signal.SIGINT, signal.SIGTERM]) as held:

@@ -71,7 +71,7 @@ class History(Callback):
     def before_train(self):
         self.trained,self.n_right,self.n_seen = not hasattr(self.learn, 'lr_finder'),0,0
         kept = [o for o in self.rows if o['epoch'] <= self.epoch]
-        if self.trained: self.rows = kept if len(kept) == self.epoch else []
+        if self.trained: self.rows = kept if kept and kept[-1]['epoch'] == self.epoch else []
 
     def after_batch(self):
         if not self.training or self.pred.shape[:-1] != self.y.shape: return

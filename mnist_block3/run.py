@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['run_files', 'recipes', 'recipe_epochs', 'new_run_dir', 'write_whole', 'locked', 'code_hash', 'run_environment',
-           'run_results', 'save_run', 'fit_state', 'set_fit_state', 'Checkpoint', 'read_checkpoint', 'EpochLines',
-           'recipe_settings', 'run_settings', 'JudgeAlso', 'train_run', 'read_settings', 'resume_run']
+           'run_results', 'save_run', 'random_state', 'set_random_state', 'fit_state', 'set_fit_state',
+           'check_fit_state', 'Checkpoint', 'read_checkpoint', 'EpochLines', 'recipe_settings', 'run_settings',
+           'JudgeAlso', 'train_run', 'read_settings', 'resume_run']
 
 # %% ../nbs/05_run.ipynb #017596a7
-import hashlib, inspect, io, json, math, os, platform, random, signal, tempfile, time, zipfile
+import hashlib, inspect, io, itertools, json, math, os, platform, random, signal, tempfile, time, zipfile
 from contextlib import contextmanager, ExitStack, nullcontext
 from datetime import datetime, timezone
 from functools import partial
@@ -19,14 +20,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from safetensors.torch import save
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import Learner
+from fastai.optimizer import Optimizer
 from fastai.torch_core import get_model, num_distrib, rank_distrib, set_seed
 from . import __version__
-from .fast import engines, held_signals
+from .fast import engines, FastEpoch, held_signals
 from .data import _check_choice, _check_count, _check_source, get_device, mnist_dls, mnist_path, protocols
-from .learner import _check_reference, block3_learner, history, tuned_cbs
+from .learner import _check_reference, block3_learner, History, history, tuned_cbs
 from .evaluate import plot_history
 try: import fcntl
 except ImportError: fcntl = None # not on Windows
@@ -156,42 +161,52 @@ def save_run(
     write_whole(folder/'summary.json', json.dumps(summary, indent=2, allow_nan=False).encode())
 
 # %% ../nbs/05_run.ipynb #2b3dcf13
-def _random_state(device):
+def random_state(
+    dls, # `DataLoaders` of fastai
+) -> dict: # Tensors and numbers
+    "The state of all random number generators that a fit on `dls` draws from"
     kind,keys,*rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if device.type == 'cuda' else None,
-                python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest))
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(dls.device) if dls.device.type == 'cuda' else None,
+                python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest), loaders=[o.rng.getstate() for o in dls.loaders])
 
-def _set_random_state(state, device):
+def set_random_state(
+    dls, # `DataLoaders` of as many loaders
+    state:dict, # From `random_state`
+):
+    "Let the generators go on from `state`"
     torch.set_rng_state(state['torch'])
-    if device.type == 'cuda' and state['cuda'] is not None: torch.cuda.set_rng_state(state['cuda'], device)
+    if dls.device.type == 'cuda' and state['cuda'] is not None: torch.cuda.set_rng_state(state['cuda'], dls.device)
     random.setstate(state['python'])
     kind,keys,*rest = state['numpy']
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    for dl,rng in zip(dls.loaders, state['loaders']): dl.rng.setstate(rng)
 
 # %% ../nbs/05_run.ipynb #c8f8901a
-def _plain(o):
-    "Numbers as Python has them, in lists and dicts of their own"
-    if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
-    if isinstance(o, (list, tuple)) or type(o).__name__ == 'L': return [_plain(v) for v in o]
+def _plain(o, but=()):
+    "Numbers as Python has them, in lists and dicts of their own; what is of a type in `but` stays as it is"
+    if isinstance(o, but): return o
+    if isinstance(o, dict): return {k: _plain(v, but) for k,v in o.items()}
+    if isinstance(o, tuple): return tuple(_plain(v, but) for v in o)
+    if isinstance(o, (list, L)): return [_plain(v, but) for v in o]
     return o.item() if hasattr(o, 'item') else o
 
 # %% ../nbs/05_run.ipynb #d7fee679
 def fit_state(
     learn:Learner, # In a fit, at the end of an epoch or between two of its steps
     n:int=0, # Steps of the epoch that are done; 0: the epoch is
-    loaders:list=None, # Random states of the loaders when the epoch began; `None`: as they are
+    began:dict=None, # Random states with which the epoch began, from `random_state`; `None`: as they are
 ) -> dict: # Tensors, numbers and strings, which `torch.load` reads with `weights_only`
     "All that the rest of the fit follows from"
     rec,h = learn.recorder,learn.history
     recorded = dict(values=_plain(rec.values), lrs=_plain(rec.lrs), iters=_plain(rec.iters), losses=torch.tensor([float(o) for o in rec.losses]),
-                    smooth=(float(rec.smooth_loss.val), rec.smooth_loss.count))
+                    smooth=(float(rec.smooth_loss.val), rec.smooth_loss.count), hps=[_plain(o.hps) for o in _schedulers(learn)])
+    now = random_state(learn.dls)
     part = dict(n=n, n_right=int(h.n_right), n_seen=h.n_seen, seconds=time.perf_counter() - h.began, pct_train=float(learn.pct_train))
     return dict(epoch=learn.epoch + (n == 0), n_epoch=learn.n_epoch, train_iter=learn.train_iter, part=part,
-                model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(), random=_random_state(learn.dls.device),
-                loaders=loaders or _loader_states(learn.dls), history=_plain(h.rows), recorder=recorded,
-                engine=learn.fast_epoch.engine, data=(learn.dls.train.n, learn.dls.train.bs))
+                model=get_model(learn.model).state_dict(), opt=_plain(learn.opt.state_dict(), torch.Tensor), random=now, began=began or now,
+                history=_plain(h.rows), recorder=recorded, engine=learn.fast_epoch.engine, data=(learn.dls.train.n, learn.dls.train.bs))
 
-def _loader_states(dls): return [o.rng.getstate() for o in dls.loaders]
+def _schedulers(learn): return [o for o in learn.cbs.sorted('order') if isinstance(o, ParamScheduler) and hasattr(o, 'hps')]
 
 # %% ../nbs/05_run.ipynb #ba074f4f
 def set_fit_state(
@@ -199,106 +214,214 @@ def set_fit_state(
     state:dict, # From `fit_state`
 ):
     "Put `learn` where another stood; raises `ValueError` for a state that is not of such a fit"
-    try: _set_fit_state(learn, state)
+    with _of_this_fit(): _set_fit_state(learn, state)
+
+@contextmanager
+def _of_this_fit():
+    try: yield
     except Exception as e: raise ValueError(f'The checkpoint is not of this fit: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
 def _set_fit_state(learn, state):
     _check_state(learn, state)
     get_model(learn.model).load_state_dict(state['model'])
-    learn.opt.load_state_dict(state['opt'])
-    _set_random_state(state['random'], learn.dls.device)
-    for dl,rng in zip(learn.dls.loaders, state['loaders']): dl.rng.setstate(rng)
-    if state['part']['n']: _set_part(learn, state['part'], partial(_set_random_state, state['random'], learn.dls.device))
+    _set_opt_state(learn.opt, state['opt'])
+    set_random_state(learn.dls, state['random'])
+    if state['part']['n']: _set_part(learn, state)
     learn.history.rows,learn.train_iter,rec,kept = state['history'],state['train_iter'],learn.recorder,state['recorder']
     rec.values,rec.lrs,rec.iters = kept['values'],kept['lrs'],kept['iters']
     rec.losses = list(kept['losses'].unbind())
     rec.smooth_loss.val,rec.smooth_loss.count = torch.tensor(kept['smooth'][0]),kept['smooth'][1]
+    for o,hps in zip(_schedulers(learn), kept['hps']): o.hps = hps
 
-def _set_part(learn, part, put_back):
-    h = learn.history
+def _set_opt_state(opt, state):
+    if isinstance(opt, Optimizer): # fastai's, which takes what it is given as it is
+        on = lambda o, p: {k: v.to(p.device) if isinstance(v, torch.Tensor) else v for k,v in o.items()}
+        state = dict(hypers=L(state['hypers']), state=[on(o, p) for o,p in zip(state['state'], _params(opt))])
+    opt.load_state_dict(state)
+
+def _params(opt): return [p for group in opt.param_lists for p in group]
+
+def _set_part(learn, state):
+    "Begin the epoch as it began then, and after the steps that are done go on with the random numbers that came next"
+    h,part = learn.history,state['part']
     h.n_right,h.n_seen,h.began,learn.pct_train = part['n_right'],part['n_seen'],h.began - part['seconds'],part['pct_train']
-    learn.fast_epoch.begin_after(part['n'], part['n_right'], put_back)
+    set_random_state(learn.dls, state['began'])
+    learn.fast_epoch.begin_after(part['n'], part['n_right'], partial(set_random_state, learn.dls, state['random']))
 
 # %% ../nbs/05_run.ipynb #890ad9d8
-def _alike(a, b):
-    "Whether `a` has the form of `b`: types, names, lengths, shapes"
+def _alike(a, b, finite=False):
+    "Whether `a` has the form of `b`: types, names, lengths, shapes; and numbers that can be counted with"
     if isinstance(b, torch.Tensor): return isinstance(a, torch.Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
-    if isinstance(b, dict): return isinstance(a, dict) and a.keys() == b.keys() and all(_alike(a[k], v) for k,v in b.items())
-    if isinstance(b, (list, tuple)): return isinstance(a, (list, tuple)) and len(a) == len(b) and all(map(_alike, a, b))
-    return type(a) is type(b) or {type(a), type(b)} == {int, float}
+    if isinstance(b, dict): return isinstance(a, dict) and a.keys() == b.keys() and all(_alike(a[k], v, finite) for k,v in b.items())
+    if isinstance(b, (list, tuple)): return isinstance(a, (list, tuple)) and len(a) == len(b) and all(_alike(*o, finite) for o in zip(a, b))
+    return (type(a) is type(b) or {type(a), type(b)} == {int, float}) and (not isinstance(a, (int, float)) or _usable(a, finite))
+
+def _usable(o, finite=True):
+    "Whether a file can hold the number `o`, and an array; what has diverged is no finite number"
+    return -2**63 < o < 2**63 if isinstance(o, int) else math.isfinite(o) or not finite
+
+def check_fit_state(
+    learn:Learner, # In a fit
+    state:dict, # From `fit_state`, or from a file
+):
+    "Raise `ValueError` for a state that is not of such a fit; nothing is changed"
+    with _of_this_fit(): _check_state(learn, state)
 
 def _check_state(learn, state):
     "Raise `ValueError` where something in `state` has not the form that it has in a fit of `learn`"
     own,rec,epoch,n = fit_state(learn),state['recorder'],state['epoch'],state['train_iter']
     if tuple(state['data']) != own['data']: raise ValueError('it is of {0} images, {1} a step, not of {2}, {3}'.format(*state['data'], *own['data']))
     if n != len(rec['lrs']) or not 0 <= state['part']['n'] <= len(learn.dls.train): raise ValueError('its steps do not add up')
-    params = [p for g in learn.opt.opt.param_groups for p in g['params']]
     row = dict.fromkeys({*learn.recorder.metric_names[1:], 'lr', 'seconds'} - {'time', 'accuracy'}, 0.) | dict(epoch=0)
     if 'accuracy' in learn.recorder.metric_names: row |= dict(valid_accuracy=0., correct=0, total=0)
-    tables = dict(values=[[0.]*len(rec['values'][i]) for i in range(epoch)], lrs=[0.]*n, iters=[0]*epoch, losses=torch.zeros(n), smooth=(0., 0))
-    opt,momentum = state['opt'],{i: o['momentum_buffer'] for i,o in state['opt']['state'].items() if 'momentum_buffer' in o}
-    parts = dict(model=(state['model'], own['model']), optimizer=(opt['param_groups'], own['opt']['param_groups']),
-                 momentum=(momentum, {i: params[i] for i in momentum}), numpy=(state['random']['numpy'][1], own['random']['numpy'][1]),
-                 loaders=(list(map(len, state['loaders'])), list(map(len, own['loaders']))), part=(state['part'], own['part']),
-                 history=([{k: o[k] for k in row} for o in state['history']], [row]*epoch), recorder=(rec, tables))
+    tables = dict(values=[[0.]*len(rec['values'][i]) for i in range(epoch)], lrs=[0.]*n, iters=[0]*epoch, losses=torch.zeros(n), smooth=(0., 0),
+                  hps=[{k: [0.]*n for k in o.hps} for o in _schedulers(learn)])
+    parts = dict(model=(state['model'], own['model']), part=(state['part'], own['part']), recorder=(rec, tables),
+                 history=([{k: o[k] for k in row} for o in state['history']], [row]*len(state['history'])),
+                 **{f'{k} random state': (_sizes(state[k]), _sizes(own[k])) for k in ('random', 'began')})
     for k,(a,b) in parts.items():
-        if not _alike(a, b): raise ValueError(f'its {k} has another form')
-    if not all(o.get('total', 1) > 0 for o in state['history']): raise ValueError('its history counts no images')
+        if not _alike(a, b, finite=k == 'part'): raise ValueError(f'its {k} has another form')
+    part = state['part']
+    if not (0 <= part['n_right'] <= part['n_seen'] and 0 <= part['seconds'] < 2**63 and 0 <= part['pct_train'] < 1 + 1e-6 and rec['smooth'][1] >= 0):
+        raise ValueError('its counts do not add up')
+    _check_history(state['history'], epoch)
+    _check_opt_state(learn.opt, state['opt'])
+
+def _sizes(state): return state['numpy'][1],[0]*len(state['loaders'])
+
+def _check_history(rows, epoch):
+    numbers = [o for row in rows for o in row.values() if isinstance(o, (int, float))]
+    if not all(_usable(o, finite=False) for o in numbers) or not all(_usable(row[k]) for row in rows for k in {'epoch', 'lr', 'seconds', 'total'} & {*row}):
+        raise ValueError('its history has numbers that nothing can count with')
+    epochs = [row['epoch'] for row in rows]
+    if epochs != sorted({*epochs} & {*range(1, epoch+1)}): raise ValueError(f'its history is not of {epoch} epochs')
+    for row in rows:
+        counted = 'total' not in row or 0 <= row['correct'] <= row['total'] > 0 and 0 <= row['valid_accuracy'] <= 1
+        if not counted or not 0 <= row['seconds'] < 2**63: raise ValueError('its history counts no images or seconds, or too many')
+
+def _check_opt_state(opt, kept):
+    "Raise `ValueError` where `kept` is not what `opt` may have remembered, for each parameter numbers and tensors of its shape"
+    own,params = _plain(opt.state_dict(), torch.Tensor),_params(opt)
+    rest = lambda o: {k: v for k,v in o.items() if k != 'state'}
+    items = dict(enumerate(kept['state']) if isinstance(kept['state'], list) else kept['state'])
+    ok = _alike(rest(kept), rest(own), finite=True) and type(kept['state']) is type(own['state']) and all(o in range(len(params)) for o in items)
+    ok = ok and [o.get('params') for o in kept.get('param_groups', [])] == [o.get('params') for o in own.get('param_groups', [])]
+    if not ok or isinstance(kept['state'], list) and len(items) != len(params) or not all(_of_param(v, params[i]) for i,o in items.items() for v in o.values()):
+        raise ValueError(f'its {type(getattr(opt, "opt", opt)).__name__} has another form')
+
+def _of_param(o, p):
+    if isinstance(o, torch.Tensor): return o.shape in (torch.Size(), p.shape) and o.is_floating_point()
+    return o is None or isinstance(o, (bool, int, float)) and _usable(o)
 
 # %% ../nbs/05_run.ipynb #ea9fec0c
+class _NotBegun(int):
+    "The number of an epoch that a fit would replace, and `validate` does not"
+
+_fits,_numbers = {},itertools.count() # the checkpoints that fits of this process have, each with its fit's number and its lock
+
 class Checkpoint(Callback):
     "Keep in `file` what the fit needs to go on from where it is; with `resume`, go on from there"
     order = 60.1 # after all that adds to the history; before EpochLines, which says that an epoch is done
-    _learn = None
+    _learn,on,resumed,n_epochs,n_steps,number = None,False,None,0,0,None
     def __init__(self,
         file:str|Path, # Written whole or not at all
         resume:bool=False, # Go on from `file`, where there is one
-    ): self.file,self.resume,self.lock = Path(file),resume,ExitStack()
+    ): self.file,self.resume,self.quiet = Path(file),resume,[]
 
     @property
     def learn(self): return self._learn
     @learn.setter
-    def learn(self, learn): # which fastai sets to `None` however a fit has ended
+    def learn(self, learn): # which fastai sets to `None` however a fit has ended that was given this callback
         self._learn = learn
-        if learn is None: self.lock.close()
+        if learn is None: self.release()
 
     def before_fit(self):
+        self.on,self.before = False,_NotBegun(getattr(self.learn, 'epoch', 0))
+        self.learn.epoch = self.before
+
+    def before_epoch(self):
+        if self.learn.epoch is self.before or hasattr(self.learn, 'lr_finder'): return # it is no fit, or a trial
+        if not self.on: self.begin()
+        if self.epoch >= self.n_epochs: return self.wake()
+        self.recorder.log += self.resumed['recorder']['values'][self.epoch]
+        self.quiet = [o for o in self.learn.cbs if isinstance(o, SaveModelCallback) and o.run]
+        for o in self.quiet: o.run = False # the model is not that of the epoch
+        raise CancelEpochException()
+
+    def begin(self):
+        "Take the file, and what is in it"
+        if not all(map(self.learn._grab_cbs, (History, FastEpoch))): raise ValueError('Checkpoint is for learners that block3_learner has made')
+        if not all(hasattr(o, 'rng') for o in self.dls.loaders): raise ValueError("Checkpoint is for fastai's loaders, whose order it can keep")
         if not self.file.parent.is_dir(): raise FileNotFoundError(f'{self.file.parent} is no folder')
-        self.lock.close()
-        if not rank_distrib(): self.lock.enter_context(locked(self.file))
+        if self.file.is_dir(): raise IsADirectoryError(f'{self.file} is a folder')
+        if not rank_distrib(): self.take()
         self.resumed = read_checkpoint(self.file) if self.resume and self.file.is_file() else None
-        self.n_epochs,self.n_steps = (self.resumed['epoch'], self.resumed['part']['n']) if self.resumed else (0, 0)
+        self.on,self.n_epochs,self.n_steps = True,*((self.resumed['epoch'], self.resumed['part']['n']) if self.resumed else (0, 0))
         if not self.resumed: return
         self.learn.history.rows = []
         if self.resumed['n_epoch'] != self.n_epoch:
             raise ValueError(f'{self.file} is of a fit of {self.resumed["n_epoch"]} epochs, not {self.n_epoch}')
-
-    def before_epoch(self):
-        if self.epoch < self.n_epochs: raise CancelEpochException()
+        with self.named(): check_fit_state(self.learn, self.resumed)
 
     def before_train(self):
+        if not self.on: return
         if self.n_steps and self.epoch == self.n_epochs: self.go_on()
-        self.loaders = _loader_states(self.dls)
+        self.began = random_state(self.dls)
 
     def after_steps(self, n):
-        if num_distrib() < 2 and not self.recorder.train_metrics: self.save(n, self.loaders)
+        if self.on and num_distrib() < 2 and not self.recorder.train_metrics and not _gradients_wait(self.model): self.save(n, self.began)
 
     def after_epoch(self):
-        if self.epoch >= self.n_epochs: self.save()
-        elif self.epoch == self.n_epochs - 1 and not self.n_steps: self.go_on()
+        if not self.on: return
+        if self.epoch >= self.n_epochs: return self.save()
+        if self.n_steps or self.epoch < self.n_epochs - 1: return [TrackerCallback.after_epoch(o) for o in self.quiet]
+        self.go_on()
+        self.wake()
 
-    def after_fit(self): self.lock.close()
+    def after_fit(self):
+        self.wake()
+        self.release()
+        self.on = False
+        if self.learn.epoch is self.before: self.learn.epoch = int(self.before)
+
+    def wake(self):
+        while self.quiet: self.quiet.pop().run = True
+
+    def take(self):
+        "Have the file to oneself; an earlier fit of this process gives it up, which Ctrl-C may have ended without a word"
+        self.number,path = next(_numbers),self.file.absolute()
+        if path in _fits: _fits.pop(path)[1].close()
+        lock = ExitStack()
+        lock.enter_context(locked(path))
+        _fits[path] = self.number,lock
+
+    def has_file(self): return _fits.get(self.file.absolute(), (None,))[0] == self.number
+
+    def release(self):
+        if self.number is not None and self.has_file(): _fits.pop(self.file.absolute())[1].close()
+
+    @contextmanager
+    def named(self):
+        "Errors name the file"
+        try: yield
+        except ValueError as e: raise ValueError(f'{self.file}: {e}') from e
 
     def go_on(self):
-        try: set_fit_state(self.learn, self.resumed)
-        except ValueError as e: raise ValueError(f'{self.file}: {e}') from e
+        with self.named(): set_fit_state(self.learn, self.resumed)
+        self.resumed = dict(engine=self.resumed['engine'])
 
     def save(self, *args):
         if rank_distrib(): return
+        if not self.has_file(): raise ValueError(f'{self.file} is in use by another fit')
         buffer = io.BytesIO()
         with held_signals(signal.SIGINT, signal.SIGTERM):
-            torch.save(fit_state(self.learn, *args), buffer)
+            state = fit_state(self.learn, *args)
+            _check_opt_state(self.opt, state['opt'])
+            torch.save(state, buffer)
             write_whole(self.file, buffer.getvalue())
+
+def _gradients_wait(model): return any(o.grad is not None and o.grad.any() for o in model.parameters())
+
 
 # %% ../nbs/05_run.ipynb #a9b2e670
 def read_checkpoint(
@@ -315,7 +438,7 @@ def read_checkpoint(
     except Exception as e:
         raise ValueError(f'{file} is no checkpoint, or damaged: {str(e).splitlines()[0] if str(e) else type(e).__name__}; '
                          'delete it, and the fit begins anew') from e
-    want = dict(epoch=int, n_epoch=int, train_iter=int, part=dict, model=dict, opt=dict, random=dict, loaders=list, history=list, recorder=dict, engine=str, data=tuple)
+    want = dict(epoch=int, n_epoch=int, train_iter=int, part=dict, model=dict, opt=dict, random=dict, began=dict, history=list, recorder=dict, engine=str, data=tuple)
     ok = isinstance(state, dict) and set(state) == set(want) and all(isinstance(state[k], o) for k,o in want.items())
     if not ok or state['engine'] not in engines or not _within(state['epoch'], state['n_epoch'], state['part'].get('n')):
         raise ValueError(f'{file} is no checkpoint of a fit')
@@ -507,7 +630,7 @@ def resume_run(
     with _first_locks(folder):
         for o in filter(_is_tmp, folder.iterdir()): o.unlink(missing_ok=True)
         if (folder/'summary.json').is_file():
-            (folder/'checkpoint.pt').unlink(missing_ok=True)
+            if (folder/'checkpoint.pt').exists(): (folder/'checkpoint.pt').unlink() # a folder that cannot be written may be without
             return None,folder
         if isinstance(threads, int) and 0 < threads <= 1024: torch.set_num_threads(threads)
         try: get_device(run['device'])

@@ -1,5 +1,5 @@
 "A sweep on a Ray cluster of two nodes, one of which dies, as the driver does"
-import os, secrets, signal, socket, subprocess, sys, time
+import os, secrets, signal, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
@@ -43,6 +43,8 @@ def cluster(tmp_path):
     subprocess.run([*ray, f'--address={address}'], env=env | dict(BLOCK3_NODE='b'), check=True, capture_output=True)
     yield env,address
     for o in 'ab': kill(f'BLOCK3_NODE={o}')
+    last = Path(tempfile.gettempdir())/'ray'/'ray_current_cluster' # where the next `ray.init` would look for it for minutes
+    if last.is_file() and last.read_text() == address: last.unlink()
 
 
 def test_a_node_and_the_driver_die(cluster, tmp_path):

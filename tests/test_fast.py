@@ -13,7 +13,7 @@ from fastai.callback.preds import MCDropoutCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.optimizer import Adam, SGD
 from fastprogress.fastprogress import NBMasterBar
-from mnist_block3.all import (block3_learner, Block3, Callback, CrossEntropyLossFlat, CSVLogger, CutMix, CropRotate,
+from mnist_block3.all import (block3_learner, Block3, Callback, CancelEpochException, CancelFitException, CancelTrainException, CrossEntropyLossFlat, CSVLogger, CutMix, CropRotate,
                               DataLoaders, EarlyStoppingCallback, F1Score, FetchPredsCallback, history, JudgeAlso, LabelSmoothingCrossEntropyFlat, Learner,
                               load_learner, MixUp, mnist_dls, NLLLossFlat, noop, OptimWrapper, ParamScheduler, ProgressCallback, Recorder,
                               ReduceLROnPlateau, RandTransform, SaveModelCallback, SchedCos, SchedLin, set_seed, SkipToEpoch,
@@ -332,6 +332,61 @@ def test_fastais_own_loop_ends_at_a_step_too(device, at, listening_to_ctrl_c):
         learn.fit(2, cbs=Signal())
     assert len(seen) == len(learn.recorder.losses) == learn.train_iter == at
     assert 'all_batches' not in vars(learn) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize('cancel', [CancelTrainException, CancelEpochException, CancelFitException])
+def test_a_signal_is_not_lost_where_a_callback_ends_the_epoch(cancel, listening_to_ctrl_c):
+    class Both(Callback):
+        def after_pred(self):
+            if not self.training: return
+            signal.raise_signal(signal.SIGINT)
+            raise cancel
+    with pytest.raises(KeyboardInterrupt): make(fast=False).fit(1, cbs=Both())
+
+
+@pytest.mark.parametrize('fast', [True, False])
+def test_two_signals_in_a_step_are_both_let_through(monkeypatch, fast, listening_to_ctrl_c):
+    came,old = [],signal.signal(signal.SIGTERM, lambda num, frame: came.append(num))
+    def send(): [signal.raise_signal(o) for o in (signal.SIGINT, signal.SIGTERM)]
+    class Signals(Callback):
+        def after_pred(self): send()
+    try:
+        if fast: monkeypatch.setattr(Steps, '__call__', lambda self, i, step=Steps.__call__: (step(self, i), send()))
+        with pytest.raises(KeyboardInterrupt): make(fast=fast).fit(1, cbs=[] if fast else Signals())
+        assert came == [signal.SIGTERM]
+    finally: signal.signal(signal.SIGTERM, old)
+
+
+def test_ctrl_c_again_while_handlers_are_put_back(monkeypatch, listening_to_ctrl_c):
+    set_handler,term = signal.signal,signal.getsignal(signal.SIGTERM)
+    def again(num, handler):
+        old = set_handler(num, handler)
+        if (num, handler) == (signal.SIGINT, signal.default_int_handler): signal.raise_signal(signal.SIGINT)
+        return old
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(signal, 'signal', again)
+        with held_signals(signal.SIGINT, signal.SIGTERM): pass
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (signal.default_int_handler, term)
+
+
+def test_a_learners_own_loop_is_taken_and_kept():
+    learn,n = make(),[]
+    def mine():
+        n.append(learn.epoch)
+        Learner.all_batches(learn)
+    learn.all_batches = mine
+    learn.fit(2)
+    assert n == [0, 1] and learn.all_batches is mine and learn.fast_epoch.why == 'the learner has its own all_batches'
+
+
+def test_nothing_is_left_of_a_fit_that_did_not_come_to_its_steps():
+    class Refuse(Callback):
+        def before_train(self): raise ValueError('no')
+    learn = make(fast=False)
+    with pytest.raises(ValueError, match='no'): learn.fit(1, cbs=Refuse())
+    learn.remove_cb(FastEpoch)
+    learn.fit(1)
+    assert len(history(learn)) == 1 and 'all_batches' not in vars(learn)
 
 
 def test_a_loop_of_ones_own_cannot_begin_within_an_epoch(device):

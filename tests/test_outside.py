@@ -1,5 +1,5 @@
 "What comes from outside: a damaged file of any kind ends in a documented error, soon and in little memory, and none is run"
-import gzip, io, json, os, pickle, struct, zipfile, zlib
+import gzip, io, json, math, os, pickle, signal, struct, zipfile, zlib
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,18 +141,24 @@ def test_much_damage(whole, kind): fuzz(whole, kind, -(-100_000//len(kinds)))
 values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=3),
                    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2), st.just(torch.zeros(3)))
 
-@pytest.fixture(scope='module')
-def half_done(tmp_path_factory):
-    "A run that died after its first epoch of two: its folder, what is in the checkpoint, and how to go on"
-    folder = tmp_path_factory.mktemp('half')/'run'
-    save_ = Checkpoint.save
-    def stop(self, *part):
-        save_(self, *part)
-        if not part: raise KeyboardInterrupt
+@pytest.fixture(scope='module', params=['epoch', 'step'])
+def half_done(tmp_path_factory, request):
+    "A run of two epochs of two steps that died after its first epoch, or its third step: its folder, what is in the checkpoint, and how to go on"
+    folder,n_steps,step,old = tmp_path_factory.mktemp('half')/'run',[],torch.optim.SGD.step,signal.signal(signal.SIGINT, signal.default_int_handler)
+    class Stop(Callback):
+        def before_train(self):
+            if self.epoch and request.param == 'epoch': raise KeyboardInterrupt
+    def third(self, *args):
+        n_steps.append(step(self, *args))
+        if len(n_steps) == 3 and request.param == 'step': signal.raise_signal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(Checkpoint, 'save', stop)
-        train_run(folder, epochs=2, n_train=64, valid='reference', device='cpu')
+        m.setattr(torch.optim.SGD, 'step', third)
+        m.setattr('mnist_block3.run.JudgeAlso', Stop)
+        train_run(folder, epochs=2, n_train=128, valid='reference', device='cpu', also_reference=True)
+    signal.signal(signal.SIGINT, old)
+    (folder/'settings.json').write_text((folder/'settings.json').read_text().replace('"also_reference": true', '"also_reference": false'))
     state = torch.load(folder/'checkpoint.pt', weights_only=True)
+    assert (state['epoch'], state['part']['n']) == (1, request.param == 'step')
     def go_on(state):
         for o in folder.iterdir():
             if o.name not in ('settings.json', 'checkpoint.pt'): o.unlink()
@@ -186,8 +192,16 @@ def test_a_state_made_up(half_done, at_hand):
 
 
 @pytest.mark.parametrize('path,new', [
-    (('history',), [1]), (('history',), [{}]), (('history', 0, 'total'), 0), (('opt', 'param_groups', 0, 'lr'), 'x'), (('opt', 'param_groups', 0, 'momentum'), None),
-    (('part',), {}), (('part', 'n'), -1), (('part', 'n'), 5), (('part', 'n'), True), (('train_iter',), 5*10**8), (('recorder', 'lrs'), 'abc'), (('recorder', 'values'), 5), (('epoch',), 99), (('engine',), '\x1b[31m'), (('data',), (128, 64)), (('loaders',), []),
+    (('history',), [1]), (('history',), [{}]), (('history', 0, 'total'), 0), (('history', 0, 'correct'), 129), (('history', 0, 'correct'), math.nan),
+    (('history', 0, 'seconds'), math.inf), (('history', 0, 'lr'), 10**400), (('history', 0, 'train_loss'), 10**400), (('history', 0, 'epoch'), 2),
+    (('history', 0, 'valid_accuracy'), math.nan), (('opt', 'param_groups', 0, 'lr'), 'x'), (('opt', 'param_groups', 0, 'lr'), 10**400), (('opt', 'param_groups', 0, 'lr'), math.nan),
+    (('opt', 'param_groups', 0, 'momentum'), None), (('opt', 'param_groups', 0, 'momentum'), -10**400), (('opt', 'param_groups', 0, 'params'), [0]*18),
+    (('opt', 'state', 0), 5), (('opt', 'state', 0, 'momentum_buffer'), torch.zeros(1)), (('part',), {}), (('part', 'n'), -1), (('part', 'n'), 5), (('part', 'n'), True),
+    *((('part', 'n_right'), o) for o in (math.nan, math.inf, 10**19, -10**19, 2**63, 10**400, -1, 129)), (('part', 'n_seen'), 2**63),
+    *((('part', 'pct_train'), o) for o in (10**400, math.nan, -1, -math.inf, 2)), *((('part', 'seconds'), o) for o in (math.inf, -1, 1e308, 10**400)),
+    *((('recorder', 'smooth', 1), o) for o in (-1, -10**6, 10**400)), (('train_iter',), 5*10**8), (('recorder', 'lrs'), 'abc'), (('recorder', 'values'), 5),
+    (('recorder', 'values', 0, 0), 'x'), (('recorder', 'values', 0, 0), 10**400), (('epoch',), 99), (('engine',), '\x1b[31m'), (('data',), (256, 64)),
+    *(((o, 'loaders'), []) for o in ('random', 'began')), *(((o, 'numpy', 1), torch.zeros(3)) for o in ('random', 'began')),
 ])
 def test_a_state_of_another_form(half_done, at_hand, path, new):
     folder,state,go_on = half_done

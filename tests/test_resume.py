@@ -2,10 +2,13 @@
 import errno, json, multiprocessing, os, random, re, signal, stat, subprocess, sys, time
 from functools import partial
 from pathlib import Path
-import pytest, torch
+import numpy as np, pytest, torch
+from fastai.callback.training import GradientAccumulation
+from fastai.optimizer import Adam, RMSProp, SGD
 from safetensors.torch import load_file
-from mnist_block3.all import (block3_learner, Callback, Checkpoint, history, locked, mnist_dls, new_run_dir, read_checkpoint, resume_run, run_files,
-                              run_settings, set_seed, Study, sweep, train_run, write_whole)
+from mnist_block3.all import (block3_learner, Callback, Checkpoint, DataLoaders, EarlyStoppingCallback, history, Learner, locked, mnist_dls, new_run_dir,
+                              OptimWrapper, read_checkpoint, ReduceLROnPlateau, resume_run, run_files, run_settings, SaveModelCallback, set_seed, Study,
+                              sweep, TfmdDL, train_run, Transform, WeightedDL, write_whole)
 from mnist_block3 import run as run_module
 from mnist_block3 import sweep as sweep_module
 from mnist_block3.cli import block3_export, block3_train
@@ -146,6 +149,151 @@ def test_stopped_at_a_step(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c, 
         assert same(learn.model.state_dict(), whole.model.state_dict())
         assert history(learn).drop(columns='seconds').equals(history(whole).drop(columns='seconds'))
         for k in ('losses', 'lrs', 'iters', 'values'): assert getattr(learn.recorder, k) == getattr(whole.recorder, k), k
+
+
+class Cut(Callback):
+    "End the fit where its epoch `e` has ended, as a kill does"
+    order = 99
+    def __init__(self, e): self.e = e
+    def after_epoch(self):
+        if self.epoch == self.e: raise KeyboardInterrupt
+
+
+def stopped_and_resumed(tmp_path, make, *cbs, stop, fit='fit', file='c', **kwargs):
+    "Two learners of `make`: one that was left alone, and one that has gone on where a third was stopped"
+    def go(*more):
+        learn = make()
+        with learn.no_bar(), learn.no_logging(): getattr(learn, fit)(3, cbs=[*(o() for o in cbs), *more], **kwargs)
+        return learn
+    whole = go()
+    with pytest.raises(KeyboardInterrupt): go(Checkpoint(tmp_path/file), stop)
+    assert [o.name for o in tmp_path.iterdir() if o.suffix == '.lock'] == []
+    return whole,go(Checkpoint(tmp_path/file, resume=True))
+
+def plain(dls=None, **kwargs):
+    set_seed(0)
+    return block3_learner(dls() if dls else mnist_dls(valid='reference', n_train=300, device='cpu'), fast=False, **kwargs)
+
+def ended_alike(a, b):
+    assert same(a.model.state_dict(), b.model.state_dict())
+    assert history(a).drop(columns='seconds').equals(history(b).drop(columns='seconds'))
+    for k in ('losses', 'lrs', 'iters', 'values', 'hps'): assert getattr(a.recorder, k) == getattr(b.recorder, k), k
+
+
+@pytest.mark.parametrize('stop', [SignalInLoop(1, 2), Cut(1)])
+@pytest.mark.parametrize('fit,kwargs', [
+    ('fit_one_cycle', {}), ('fit_flat_cos', {}), ('fit', dict(opt_func=Adam)), ('fit', dict(opt_func=SGD)), ('fit_one_cycle', dict(opt_func=RMSProp)),
+    ('fit_one_cycle', dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))), ('fit', dict(start_epoch=1))])
+def test_other_schedules_and_optimizers(tmp_path, at_hand, listening_to_ctrl_c, fit, kwargs, stop):
+    start = {k: v for k,v in kwargs.items() if k == 'start_epoch'}
+    made = {k: v for k,v in kwargs.items() if k not in start}
+    whole,resumed = stopped_and_resumed(tmp_path, partial(plain, **made), stop=stop, fit=fit, **start)
+    ended_alike(whole, resumed)
+    assert list(history(resumed).epoch) == ([2, 3] if start else [1, 2, 3])
+
+
+def test_an_optimizer_that_cannot_be_kept(tmp_path, at_hand):
+    "Is refused with the first epoch, and not when it is too late"
+    class Odd(torch.optim.SGD):
+        def step(self, *args):
+            super().step(*args)
+            for o in self.param_groups[0]['params']: self.state[o]['memory'] = torch.zeros(3, 3)
+    learn = plain(opt_func=partial(OptimWrapper, opt=Odd))
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='its Odd has another form'): learn.fit(1, cbs=Checkpoint(tmp_path/'c'))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('stop', [SignalInLoop(1, 2), Cut(0), Cut(1)])
+def test_callbacks_that_follow_the_results_see_them_again(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c, stop):
+    "The best of the skipped epochs stays the best, and their model, which is on the disk, is not replaced by another"
+    monkeypatch.chdir(tmp_path)
+    cbs = partial(SaveModelCallback, comp=np.greater), partial(ReduceLROnPlateau, comp=np.greater, min_delta=1e3, patience=2), partial(EarlyStoppingCallback, patience=9)
+    ended_alike(*stopped_and_resumed(tmp_path, partial(plain, opt_func=SGD), *cbs, stop=stop))
+
+
+def test_early_stopping_counts_on(tmp_path, at_hand, listening_to_ctrl_c):
+    whole,resumed = stopped_and_resumed(tmp_path, plain, partial(EarlyStoppingCallback, min_delta=1e3, patience=2), stop=SignalInLoop(1, 1))
+    ended_alike(whole, resumed)
+    assert len(history(whole)) == len(whole.recorder.values) == 3 and whole.epoch == 2
+
+
+@pytest.mark.parametrize('loader', ['weighted', 'workers'])
+def test_loaders_that_draw_as_the_epoch_begins(tmp_path, at_hand, listening_to_ctrl_c, loader):
+    "From NumPy for the order, or from torch for the seeds of their workers, as fastai's own do"
+    def dls():
+        dls = mnist_dls(valid='reference', n_train=300, device='cpu')
+        if loader == 'weighted': dls.train.__class__,dls.train.wgts = WeightedDL,np.arange(1, 301)/45150
+        else: dls.train = TfmdDL([(torch.full((1,28,28), i/64), i%10) for i in range(320)], bs=64, shuffle=True, num_workers=1, after_item=Shift())
+        return dls
+    ended_alike(*stopped_and_resumed(tmp_path, partial(plain, dls), stop=SignalInLoop(1, 1)))
+
+class Shift(Transform):
+    def encodes(self, o:tuple): return o[0] + torch.rand(()),o[1]
+
+
+def test_no_step_is_kept_while_gradients_wait(tmp_path, at_hand, listening_to_ctrl_c):
+    "They would be lost: the epoch is what is gone on from"
+    learn = plain()
+    with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt):
+        learn.fit(3, cbs=[GradientAccumulation(128), Checkpoint(tmp_path/'c'), SignalInLoop(1, 2)])
+    state = read_checkpoint(tmp_path/'c')
+    assert (state['epoch'], state['part']['n']) == (1, 0)
+
+
+def test_only_a_fit_is_kept(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c):
+    "A learner whose own the checkpoint is, and all that is not a fit"
+    monkeypatch.chdir(tmp_path)
+    def stopped():
+        learn = plain(cbs=[Checkpoint('c', resume=True), SignalInLoop(1, 2)])
+        with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(3)
+        return learn,Path('c').read_bytes()
+    whole = plain()
+    with whole.no_bar(), whole.no_logging(): whole.fit(3)
+    learn,kept = stopped()
+    with learn.no_bar(), learn.no_logging():
+        for use in (learn.validate, learn.get_preds, partial(learn.lr_find, num_it=3, show_plot=False, suggest_funcs=None), partial(learn.export, 'e.pkl')):
+            use()
+            assert Path('c').read_bytes() == kept
+        learn.remove_cb(SignalInLoop)
+        other = plain(cbs=Checkpoint('c', resume=True)) # as in a cell that is run again
+        with other.no_bar(), other.no_logging(): other.fit(3)
+        ended_alike(whole, other)
+        kept = Path('c').read_bytes()
+        for use in (other.validate, other.get_preds): use()
+        assert Path('c').read_bytes() == kept and not Path('.c.lock').exists()
+        learn.fit(3)
+        assert len(history(learn)) == 3
+
+
+def test_of_two_fits_at_once_the_later_has_the_file(tmp_path, at_hand):
+    class Inner(Callback):
+        def before_train(self):
+            learn = plain()
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Checkpoint(tmp_path/'c'))
+    learn = plain()
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='c is in use by another fit'): learn.fit(2, cbs=[Checkpoint(tmp_path/'c'), Inner()])
+    assert read_checkpoint(tmp_path/'c')['n_epoch'] == 1 and [o.name for o in tmp_path.iterdir()] == ['c']
+
+
+def test_what_a_checkpoint_is_not_for(tmp_path, at_hand):
+    "Is said before anything is trained"
+    (tmp_path/'folder').mkdir()
+    dls = mnist_dls(valid='reference', n_train=64, device='cpu')
+    data = torch.utils.data.TensorDataset(torch.rand(64,1,28,28), torch.arange(64) % 10)
+    other = DataLoaders(*(torch.utils.data.DataLoader(data, 64) for _ in range(2)))
+    stock = Learner(dls, plain().model, loss_func=torch.nn.functional.nll_loss)
+    for learn,file,error in ((stock, 'c', 'that block3_learner has made'), (block3_learner(other), 'c', "for fastai's loaders"), (plain(), 'folder', 'is a folder')):
+        class Never(Callback):
+            def before_train(self): raise AssertionError
+        with learn.no_bar(), learn.no_logging(), pytest.raises((ValueError, OSError), match=error): learn.fit(1, cbs=[Checkpoint(tmp_path/file), Never()])
+    assert [o.name for o in tmp_path.iterdir()] == ['folder']
+
+
+def test_a_finished_run_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    _,folder = train_run(tmp_path/'run', **few | dict(epochs=1))
+    def refused(self, missing_ok=False): raise OSError(errno.EROFS, 'Read-only file system', str(self))
+    monkeypatch.setattr(Path, 'unlink', refused)
+    assert resume_run(folder)[0] is None
 
 
 def test_stopped_twice_in_an_epoch(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c):

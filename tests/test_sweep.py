@@ -235,9 +235,10 @@ def test_without_ray(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_on_ray(real, tmp_path):
+def test_on_ray(real, tmp_path, monkeypatch):
     "On a Ray of its own, the same rows as in a process"
     pytest.importorskip('ray')
+    monkeypatch.setenv('RAY_ADDRESS', 'local')
     study = sweep([real[0]], tmp_path/'ray', ray=True, log=[].append)
     ours,here = load(real[1]['weights.safetensors']),load((study.folder/'weights'/f'{run_name(real[0])}.safetensors').read_bytes())
     assert all(torch.equal(ours[k], here[k]) for k in ours)
