@@ -372,11 +372,11 @@ def test_ctrl_c_again_while_handlers_are_put_back(monkeypatch, listening_to_ctrl
 def test_a_learners_own_loop_is_taken_and_kept():
     learn,n = make(),[]
     def mine():
-        n.append(learn.epoch)
+        n.append((learn.epoch, learn.training))
         Learner.all_batches(learn)
     learn.all_batches = mine
     learn.fit(2)
-    assert n == [0, 1] and learn.all_batches is mine and learn.fast_epoch.why == 'the learner has its own all_batches'
+    assert n == [(0, True), (0, False), (1, True), (1, False)] and learn.all_batches is mine and learn.fast_epoch.why == 'the learner has its own all_batches'
 
 
 def test_nothing_is_left_of_a_fit_that_did_not_come_to_its_steps():
