@@ -11,6 +11,7 @@ __all__ = ['run_files', 'recipes', 'recipe_epochs', 'new_run_dir', 'write_whole'
 # %% ../nbs/05_run.ipynb #017596a7
 import hashlib, inspect, io, itertools, json, math, os, platform, random, signal, tempfile, time, zipfile
 from contextlib import contextmanager, ExitStack, nullcontext
+from copy import deepcopy
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
@@ -23,11 +24,12 @@ from safetensors.torch import save
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer
-from fastai.torch_core import get_model, num_distrib, rank_distrib, set_seed
+from fastai.torch_core import get_model, num_distrib, rank_distrib, set_seed, to_device
 from . import __version__
 from .fast import engines, FastEpoch, held_signals
 from .data import _check_choice, _check_count, _check_source, get_device, mnist_dls, mnist_path, protocols
@@ -188,7 +190,7 @@ def _plain(o, but=()):
     if isinstance(o, dict): return {k: _plain(v, but) for k,v in o.items()}
     if isinstance(o, tuple): return tuple(_plain(v, but) for v in o)
     if isinstance(o, (list, L)): return [_plain(v, but) for v in o]
-    return o.item() if hasattr(o, 'item') else o
+    return o.tolist() if hasattr(o, 'tolist') else o
 
 # %% ../nbs/05_run.ipynb #d7fee679
 def fit_state(
@@ -234,12 +236,8 @@ def _set_fit_state(learn, state):
     for o,hps in zip(_schedulers(learn), kept['hps']): o.hps = hps
 
 def _set_opt_state(opt, state):
-    if isinstance(opt, Optimizer): # fastai's, which takes what it is given as it is
-        on = lambda o, p: {k: v.to(p.device) if isinstance(v, torch.Tensor) else v for k,v in o.items()}
-        state = dict(hypers=L(state['hypers']), state=[on(o, p) for o,p in zip(state['state'], _params(opt))])
+    if isinstance(opt, Optimizer): state = to_device(state, opt.param_lists[0][0].device) | dict(hypers=L(state['hypers'])) # fastai's, which takes it as it is
     opt.load_state_dict(state)
-
-def _params(opt): return [p for group in opt.param_lists for p in group]
 
 def _set_part(learn, state):
     "Begin the epoch as it began then, and after the steps that are done go on with the random numbers that came next"
@@ -249,16 +247,20 @@ def _set_part(learn, state):
     learn.fast_epoch.begin_after(part['n'], part['n_right'], partial(set_random_state, learn.dls, state['random']))
 
 # %% ../nbs/05_run.ipynb #890ad9d8
-def _alike(a, b, finite=False):
-    "Whether `a` has the form of `b`: types, names, lengths, shapes; and numbers that can be counted with"
-    if isinstance(b, torch.Tensor): return isinstance(a, torch.Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
-    if isinstance(b, dict): return isinstance(a, dict) and a.keys() == b.keys() and all(_alike(a[k], v, finite) for k,v in b.items())
-    if isinstance(b, (list, tuple)): return isinstance(a, (list, tuple)) and len(a) == len(b) and all(_alike(*o, finite) for o in zip(a, b))
-    return (type(a) is type(b) or {type(a), type(b)} == {int, float}) and (not isinstance(a, (int, float)) or _usable(a, finite))
+def _alike(a, b, number=False):
+    "Whether `a` has the form of `b`: types, names, lengths, shapes; with `number` any number stands for any other that float32 can take"
+    if isinstance(b, torch.Tensor): # whose parts lie beside each other, and not on each other
+        return isinstance(a, torch.Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype) and a.stride() == torch.empty_like(a).stride()
+    if isinstance(b, dict): return isinstance(a, dict) and a.keys() == b.keys() and all(_alike(a[k], v, number) for k,v in b.items())
+    if isinstance(b, (list, tuple)): return type(a) is type(b) and len(a) == len(b) and all(_alike(*o, number) for o in zip(a, b))
+    if number and type(a) in (int, float): return type(b) in (int, float) and abs(a) <= torch.finfo(torch.float32).max
+    return (type(a) is type(b) or (type(a), type(b)) == (int, float)) and (type(a) not in (int, float) or _holds(a))
 
-def _usable(o, finite=True):
-    "Whether a file can hold the number `o`, and an array; what has diverged is no finite number"
-    return -2**63 < o < 2**63 if isinstance(o, int) else math.isfinite(o) or not finite
+def _holds(o):
+    "Whether arrays and files can hold the number `o`; what has diverged is one"
+    return type(o) is float or -2**63 < o < 2**63
+
+def _is_result(o): return o is None or type(o) is bool or type(o) in (int, float) and _holds(o) or type(o) is list and all(map(_is_result, o))
 
 def check_fit_state(
     learn:Learner, # In a fit
@@ -268,65 +270,72 @@ def check_fit_state(
     with _of_this_fit(): _check_state(learn, state)
 
 def _check_state(learn, state):
-    "Raise `ValueError` where something in `state` has not the form that it has in a fit of `learn`"
-    own,rec,epoch,n = fit_state(learn),state['recorder'],state['epoch'],state['train_iter']
+    own,rec,epoch,part = fit_state(learn),state['recorder'],state['epoch'],state['part']
     if tuple(state['data']) != own['data']: raise ValueError('it is of {0} images, {1} a step, not of {2}, {3}'.format(*state['data'], *own['data']))
-    if n != len(rec['lrs']) or not 0 <= state['part']['n'] <= len(learn.dls.train): raise ValueError('its steps do not add up')
-    row = dict.fromkeys({*learn.recorder.metric_names[1:], 'lr', 'seconds'} - {'time', 'accuracy'}, 0.) | dict(epoch=0)
-    if 'accuracy' in learn.recorder.metric_names: row |= dict(valid_accuracy=0., correct=0, total=0)
-    tables = dict(values=[[0.]*len(rec['values'][i]) for i in range(epoch)], lrs=[0.]*n, iters=[0]*epoch, losses=torch.zeros(n), smooth=(0., 0),
-                  hps=[{k: [0.]*n for k in o.hps} for o in _schedulers(learn)])
-    parts = dict(model=(state['model'], own['model']), part=(state['part'], own['part']), recorder=(rec, tables),
-                 history=([{k: o[k] for k in row} for o in state['history']], [row]*len(state['history'])),
-                 **{f'{k} random state': (_sizes(state[k]), _sizes(own[k])) for k in ('random', 'began')})
+    tables = dict(values=rec['values'], lrs=[0.]*len(rec['lrs']), iters=[0]*epoch, losses=torch.zeros(len(rec['lrs'])), smooth=(0., 0),
+                  hps=[{k: [0.]*len(kept[k]) for k in o.hps} for o,kept in zip(_schedulers(learn), rec['hps'])])
+    parts = dict(model=(state['model'], own['model']), part=(part, own['part']), recorder=(rec, tables))
     for k,(a,b) in parts.items():
-        if not _alike(a, b, finite=k == 'part'): raise ValueError(f'its {k} has another form')
-    part = state['part']
-    if not (0 <= part['n_right'] <= part['n_seen'] and 0 <= part['seconds'] < 2**63 and 0 <= part['pct_train'] < 1 + 1e-6 and rec['smooth'][1] >= 0):
-        raise ValueError('its counts do not add up')
+        if not _alike(a, b): raise ValueError(f'its {k} has another form')
+    counts = (part['n'], len(learn.dls.train)),(part['n_right'], part['n_seen']),(part['seconds'], 2**62),(part['pct_train'], 1 + 1e-6),(rec['smooth'][1], 2**62),(state['train_iter'], 2**62)
+    if not all(0 <= a <= b for a,b in counts): raise ValueError('its counts do not add up')
+    if type(rec['values']) is not list or len(rec['values']) != epoch or not all(type(o) is list and all(map(_is_result, o)) for o in rec['values']): raise ValueError(f'its results are not of {epoch} epochs')
+    for k in ('random', 'began'): _check_random_state(state[k], own[k])
     _check_history(state['history'], epoch)
     _check_opt_state(learn.opt, state['opt'])
 
-def _sizes(state): return state['numpy'][1],[0]*len(state['loaders'])
+def _check_random_state(kept, own):
+    "What the generators themselves do not check: NumPy's reads where it is told to"
+    _,keys,at,has_gauss,gauss = kept['numpy']
+    ok = _alike(keys, own['numpy'][1]) and type(at) is int and 0 <= at <= 624 and has_gauss in (0, 1) and type(gauss) is float
+    pythons = kept['python'],*kept['loaders']
+    if not ok or len(kept['loaders']) != len(own['loaders']) or not all(o[2] is None or type(o[2]) is float for o in pythons):
+        raise ValueError('its random numbers have another form')
 
 def _check_history(rows, epoch):
-    numbers = [o for row in rows for o in row.values() if isinstance(o, (int, float))]
-    if not all(_usable(o, finite=False) for o in numbers) or not all(_usable(row[k]) for row in rows for k in {'epoch', 'lr', 'seconds', 'total'} & {*row}):
-        raise ValueError('its history has numbers that nothing can count with')
+    for row in rows:
+        if not all(type(k) is str and (type(v) is str or _is_result(v)) for k,v in row.items()): raise ValueError('its history has another form')
+        counted = 'total' not in row or type(row['total']) is int and 0 <= row['correct'] <= row['total'] > 0 and 0 <= row['valid_accuracy'] <= 1
+        if not counted or not math.isfinite(row['lr']) or not 0 <= row['seconds'] < 2**62: raise ValueError('its history has numbers that cannot be')
     epochs = [row['epoch'] for row in rows]
     if epochs != sorted({*epochs} & {*range(1, epoch+1)}): raise ValueError(f'its history is not of {epoch} epochs')
-    for row in rows:
-        counted = 'total' not in row or 0 <= row['correct'] <= row['total'] > 0 and 0 <= row['valid_accuracy'] <= 1
-        if not counted or not 0 <= row['seconds'] < 2**63: raise ValueError('its history counts no images or seconds, or too many')
 
 def _check_opt_state(opt, kept):
-    "Raise `ValueError` where `kept` is not what `opt` may have remembered, for each parameter numbers and tensors of its shape"
-    own,params = _plain(opt.state_dict(), torch.Tensor),_params(opt)
-    rest = lambda o: {k: v for k,v in o.items() if k != 'state'}
-    items = dict(enumerate(kept['state']) if isinstance(kept['state'], list) else kept['state'])
-    ok = _alike(rest(kept), rest(own), finite=True) and type(kept['state']) is type(own['state']) and all(o in range(len(params)) for o in items)
-    ok = ok and [o.get('params') for o in kept.get('param_groups', [])] == [o.get('params') for o in own.get('param_groups', [])]
-    if not ok or isinstance(kept['state'], list) and len(items) != len(params) or not all(_of_param(v, params[i]) for i,o in items.items() for v in o.values()):
-        raise ValueError(f'its {type(getattr(opt, "opt", opt)).__name__} has another form')
+    "Hold `kept` to what `opt` has now, or after a step"
+    own,*after = (_plain(o, torch.Tensor) for o in (opt.state_dict(), _after_a_step(opt), _after_a_step(opt, 0.5))) # momentum may be scheduled
+    rest = lambda o: {k: v for k,v in o.items() if k not in ('state', 'param_groups')}
+    groups = lambda o: [g['params'] for g in o.get('param_groups', [])]
+    ok = any(_alike(rest(kept), rest(o), number=True) for o in (own, *after)) and _alike(kept.get('param_groups'), own.get('param_groups'), number=True)
+    each = lambda o: dict(enumerate(o['state'])) if type(o['state']) is list else o['state']
+    has,may = each(kept),[each(o) for o in (own, *after)]
+    ok = ok and groups(kept) == groups(own) and type(kept['state']) is type(own['state']) and len(has) <= len(may[1])
+    ok = ok and all(any(_alike(v, o.get(i, {})) for o in may) and 0 <= v.get('step', 0) < math.inf for i,v in has.items())
+    if not ok: raise ValueError(f'its {type(getattr(opt, "opt", opt)).__name__} has another form')
 
-def _of_param(o, p):
-    if isinstance(o, torch.Tensor): return o.shape in (torch.Size(), p.shape) and o.is_floating_point()
-    return o is None or isinstance(o, (bool, int, float)) and _usable(o)
+def _after_a_step(opt, momentum=None):
+    "The state of a twin of `opt` that has taken a step without gradient"
+    twin = deepcopy(opt)
+    for group in getattr(twin, 'opt', twin).param_groups:
+        if momentum and 'momentum' in group: group['momentum'] = momentum
+        for p in group['params']: p.requires_grad_(True).grad = torch.zeros_like(p)
+    twin.step()
+    return twin.state_dict()
+
 
 # %% ../nbs/05_run.ipynb #ea9fec0c
-class _NotBegun(int):
-    "The number of an epoch that a fit would replace, and `validate` does not"
+class _NotYet(int):
+    "The number of an epoch, to be told apart from that which a fit sets as it begins one; `validate` sets none"
 
 _fits,_numbers = {},itertools.count() # the checkpoints that fits of this process have, each with its fit's number and its lock
 
 class Checkpoint(Callback):
     "Keep in `file` what the fit needs to go on from where it is; with `resume`, go on from there"
     order = 60.1 # after all that adds to the history; before EpochLines, which says that an epoch is done
-    _learn,on,resumed,n_epochs,n_steps,number = None,False,None,0,0,None
+    _learn,waits,on,ended,number,columns = None,None,False,False,None,()
     def __init__(self,
         file:str|Path, # Written whole or not at all
-        resume:bool=False, # Go on from `file`, where there is one
-    ): self.file,self.resume,self.quiet = Path(file),resume,[]
+        resume:bool=False, # Go on from `file`, where there is one; the next fit with the same `Checkpoint` begins anew
+    ): self.file,self.resume,self.silenced = Path(file),resume,[]
 
     @property
     def learn(self): return self._learn
@@ -335,70 +344,101 @@ class Checkpoint(Callback):
         self._learn = learn
         if learn is None: self.release()
 
-    def before_fit(self):
-        self.on,self.before = False,_NotBegun(getattr(self.learn, 'epoch', 0))
-        self.learn.epoch = self.before
+    def before_fit(self): # which `validate` calls too, also within a fit
+        self.learn.epoch = self.waits = _NotYet(getattr(self.learn, 'epoch', 0))
 
     def before_epoch(self):
-        if self.learn.epoch is self.before or hasattr(self.learn, 'lr_finder'): return # it is no fit, or a trial
-        if not self.on: self.begin()
-        if self.epoch >= self.n_epochs: return self.wake()
-        self.recorder.log += self.resumed['recorder']['values'][self.epoch]
-        self.quiet = [o for o in self.learn.cbs if isinstance(o, SaveModelCallback) and o.run]
-        for o in self.quiet: o.run = False # the model is not that of the epoch
-        raise CancelEpochException()
+        if self.learn.epoch is self.waits or hasattr(self.learn, 'lr_finder'): return # it is no fit, or a trial
+        if self.waits is not None: self.begin()
+        if self.epoch >= self.n_epochs: self.unsilence()
+        else: self.skip()
 
     def begin(self):
         "Take the file, and what is in it"
+        self.waits = self.state = None
+        self.unsilence()
         if not all(map(self.learn._grab_cbs, (History, FastEpoch))): raise ValueError('Checkpoint is for learners that block3_learner has made')
         if not all(hasattr(o, 'rng') for o in self.dls.loaders): raise ValueError("Checkpoint is for fastai's loaders, whose order it can keep")
-        if not self.file.parent.is_dir(): raise FileNotFoundError(f'{self.file.parent} is no folder')
-        if self.file.is_dir(): raise IsADirectoryError(f'{self.file} is a folder')
+        self.full = self.file.absolute()
+        if not self.full.parent.is_dir(): raise FileNotFoundError(f'{self.file.parent} is no folder')
+        if self.full.is_dir(): raise IsADirectoryError(f'{self.file} is a folder')
         if not rank_distrib(): self.take()
-        self.resumed = read_checkpoint(self.file) if self.resume and self.file.is_file() else None
-        self.on,self.n_epochs,self.n_steps = True,*((self.resumed['epoch'], self.resumed['part']['n']) if self.resumed else (0, 0))
-        if not self.resumed: return
-        self.learn.history.rows = []
-        if self.resumed['n_epoch'] != self.n_epoch:
-            raise ValueError(f'{self.file} is of a fit of {self.resumed["n_epoch"]} epochs, not {self.n_epoch}')
-        with self.named(): check_fit_state(self.learn, self.resumed)
+        try:
+            if self.resume and not self.ended and self.full.is_file(): self.read()
+        except BaseException:
+            self.release()
+            raise
+        self.on,self.ended,self.checked = True,False,False
+        self.n_epochs,self.n_steps,self.engine = (self.state['epoch'], self.state['part']['n'], self.state['engine']) if self.state else (0, 0, None)
+        if self.state: self.learn.history.rows = []
+
+    def read(self):
+        state = read_checkpoint(self.file)
+        if state['n_epoch'] != self.n_epoch: raise ValueError(f'{self.file} is of a fit of {state["n_epoch"]} epochs, not {self.n_epoch}')
+        with self.named():
+            check_fit_state(self.learn, state)
+            rows = [[row.get(o) for o in self.columns] for row in state['history']]
+            if self.columns and (len(rows) < state['epoch'] or not {type(o) for row in rows for o in row} <= {int, float}): raise ValueError('its history lacks something')
+        self.state = state
+
+    def skip(self):
+        "Show the results of the epoch, and leave it out"
+        rec,kept = self.recorder,self.state['recorder']
+        n = kept['iters'][self.epoch]
+        rec.log += kept['values'][self.epoch]
+        rec.lrs,rec.losses = kept['lrs'][:n],list(kept['losses'][:n].unbind())
+        for o in self.learn.cbs:
+            if isinstance(o, ShowGraphCallback) and o.run: o.nb_batches.append(n)
+            if isinstance(o, SaveModelCallback) and o.run: # the model is not that of the epoch
+                self.silenced.append(o)
+                o.run = False
+        raise CancelEpochException()
+
+    def unsilence(self):
+        while self.silenced: self.silenced.pop().run = True
+
+    @property
+    def acts(self): return self.on and self.waits is None
 
     def before_train(self):
-        if not self.on: return
+        if not self.acts: return
         if self.n_steps and self.epoch == self.n_epochs: self.go_on()
         self.began = random_state(self.dls)
 
     def after_steps(self, n):
-        if self.on and num_distrib() < 2 and not self.recorder.train_metrics and not _gradients_wait(self.model): self.save(n, self.began)
+        if self.acts and num_distrib() < 2 and not self.recorder.train_metrics and not _gradients_wait(self.model): self.save(n, self.began)
 
     def after_epoch(self):
-        if not self.on: return
-        if self.epoch >= self.n_epochs: return self.save()
-        if self.n_steps or self.epoch < self.n_epochs - 1: return [TrackerCallback.after_epoch(o) for o in self.quiet]
-        self.go_on()
-        self.wake()
+        if not self.acts: return
+        if self.epoch >= self.n_epochs: self.save()
+        elif self.epoch == self.n_epochs - 1 and not self.n_steps:
+            self.go_on()
+            self.unsilence()
+        else:
+            for o in self.silenced: TrackerCallback.after_epoch(o)
 
     def after_fit(self):
-        self.wake()
+        if self.waits is not None: # it was none
+            if self.learn.epoch is self.waits: self.learn.epoch = int(self.waits)
+            self.waits = None
+            return
+        if self.state: self.go_on() # it was to end in an epoch that is skipped
+        self.unsilence()
         self.release()
-        self.on = False
-        if self.learn.epoch is self.before: self.learn.epoch = int(self.before)
-
-    def wake(self):
-        while self.quiet: self.quiet.pop().run = True
+        self.on,self.ended = False,True
 
     def take(self):
         "Have the file to oneself; an earlier fit of this process gives it up, which Ctrl-C may have ended without a word"
-        self.number,path = next(_numbers),self.file.absolute()
-        if path in _fits: _fits.pop(path)[1].close()
+        if self.full in _fits: _fits.pop(self.full)[1].close()
         lock = ExitStack()
-        lock.enter_context(locked(path))
-        _fits[path] = self.number,lock
+        lock.enter_context(locked(self.full))
+        self.number = next(_numbers)
+        _fits[self.full] = self.number,lock
 
-    def has_file(self): return _fits.get(self.file.absolute(), (None,))[0] == self.number
+    def has_file(self): return self.number is not None and _fits.get(self.full, (None,))[0] == self.number
 
     def release(self):
-        if self.number is not None and self.has_file(): _fits.pop(self.file.absolute())[1].close()
+        if self.has_file(): _fits.pop(self.full)[1].close()
 
     @contextmanager
     def named(self):
@@ -407,18 +447,25 @@ class Checkpoint(Callback):
         except ValueError as e: raise ValueError(f'{self.file}: {e}') from e
 
     def go_on(self):
-        with self.named(): set_fit_state(self.learn, self.resumed)
-        self.resumed = dict(engine=self.resumed['engine'])
+        with self.named(): set_fit_state(self.learn, self.state)
+        self.state = None
 
     def save(self, *args):
         if rank_distrib(): return
         if not self.has_file(): raise ValueError(f'{self.file} is in use by another fit')
-        buffer = io.BytesIO()
         with held_signals(signal.SIGINT, signal.SIGTERM):
-            state = fit_state(self.learn, *args)
-            _check_opt_state(self.opt, state['opt'])
+            state,buffer = self.kept(*args),io.BytesIO()
             torch.save(state, buffer)
-            write_whole(self.file, buffer.getvalue())
+            write_whole(self.full, buffer.getvalue())
+
+    def kept(self, *args):
+        "The state of the fit; the first is looked at as if it came from a file"
+        try:
+            state = fit_state(self.learn, *args)
+            if not self.checked: _check_state(self.learn, state)
+        except Exception as e: raise ValueError(f'{self.file}: Checkpoint cannot keep this fit: {e}') from e
+        self.checked = True
+        return state
 
 def _gradients_wait(model): return any(o.grad is not None and o.grad.any() for o in model.parameters())
 
@@ -440,6 +487,7 @@ def read_checkpoint(
                          'delete it, and the fit begins anew') from e
     want = dict(epoch=int, n_epoch=int, train_iter=int, part=dict, model=dict, opt=dict, random=dict, began=dict, history=list, recorder=dict, engine=str, data=tuple)
     ok = isinstance(state, dict) and set(state) == set(want) and all(isinstance(state[k], o) for k,o in want.items())
+    ok = ok and bool not in map(type, state.values())
     if not ok or state['engine'] not in engines or not _within(state['epoch'], state['n_epoch'], state['part'].get('n')):
         raise ValueError(f'{file} is no checkpoint of a fit')
     return state
@@ -563,14 +611,15 @@ def _fit(learn, fit, folder, about, bar):
     "Do what is left of a run, and keep what comes of it"
     run,began,first = about['settings'],datetime.now(timezone.utc),rank_distrib() == 0
     keep = Checkpoint(folder/'checkpoint.pt', resume=True)
+    keep.columns = 'train_loss','valid_loss','train_accuracy','valid_accuracy','correct','total' # what the files of a run need
     try:
         with learn.distrib_ctx() if num_distrib() > 1 else nullcontext(), nullcontext() if bar else learn.no_bar(), learn.no_logging():
             fit(run['epochs'], cbs=[JudgeAlso()]*run['also_reference'] + [EpochLines(run['valid'])]*first + [keep])
         if not first: return learn,folder
         seconds = (datetime.now(timezone.utc) - began).total_seconds()
-        engine = keep.resumed['engine'] if keep.n_epochs == run['epochs'] else learn.fast_epoch.engine
-        if keep.resumed and engine != keep.resumed['engine']: print(f'It began with the steps: {keep.resumed["engine"]}, and went on with: {engine}')
-        resumed = dict(epochs=keep.n_epochs, steps=keep.n_steps) if keep.resumed else None
+        engine = keep.engine if keep.n_epochs == run['epochs'] else learn.fast_epoch.engine
+        if keep.engine not in (None, engine): print(f'It began with the steps: {keep.engine}, and went on with: {engine}')
+        resumed = dict(epochs=keep.n_epochs, steps=keep.n_steps) if keep.engine else None
         save_run(learn, folder, run['valid'], settings=run, began=about['began'], seconds=seconds, resumed_after=resumed,
                  engine=engine, why=learn.fast_epoch.why)
     except BaseException as e:

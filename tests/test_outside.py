@@ -144,15 +144,13 @@ values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text
 @pytest.fixture(scope='module', params=['epoch', 'step'])
 def half_done(tmp_path_factory, request):
     "A run of two epochs of two steps that died after its first epoch, or its third step: its folder, what is in the checkpoint, and how to go on"
-    folder,n_steps,step,old = tmp_path_factory.mktemp('half')/'run',[],torch.optim.SGD.step,signal.signal(signal.SIGINT, signal.default_int_handler)
+    folder,old = tmp_path_factory.mktemp('half')/'run',signal.signal(signal.SIGINT, signal.default_int_handler)
     class Stop(Callback):
         def before_train(self):
             if self.epoch and request.param == 'epoch': raise KeyboardInterrupt
-    def third(self, *args):
-        n_steps.append(step(self, *args))
-        if len(n_steps) == 3 and request.param == 'step': signal.raise_signal(signal.SIGINT)
+        def after_pred(self):
+            if self.training and (self.epoch, self.iter) == (1, 0): signal.raise_signal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(torch.optim.SGD, 'step', third)
         m.setattr('mnist_block3.run.JudgeAlso', Stop)
         train_run(folder, epochs=2, n_train=128, valid='reference', device='cpu', also_reference=True)
     signal.signal(signal.SIGINT, old)
@@ -199,10 +197,14 @@ def test_a_state_made_up(half_done, at_hand):
     (('opt', 'state', 0), 5), (('opt', 'state', 0, 'momentum_buffer'), torch.zeros(1)), (('part',), {}), (('part', 'n'), -1), (('part', 'n'), 5), (('part', 'n'), True),
     *((('part', 'n_right'), o) for o in (math.nan, math.inf, 10**19, -10**19, 2**63, 10**400, -1, 129)), (('part', 'n_seen'), 2**63),
     *((('part', 'pct_train'), o) for o in (10**400, math.nan, -1, -math.inf, 2)), *((('part', 'seconds'), o) for o in (math.inf, -1, 1e308, 10**400)),
-    *((('recorder', 'smooth', 1), o) for o in (-1, -10**6, 10**400)), (('train_iter',), 5*10**8), (('recorder', 'lrs'), 'abc'), (('recorder', 'values'), 5),
+    *((('recorder', 'smooth', 1), o) for o in (-1, -10**6, 10**400)), (('train_iter',), 2**70), (('recorder', 'lrs'), 'abc'), (('recorder', 'values'), 5),
     (('recorder', 'values', 0, 0), 'x'), (('recorder', 'values', 0, 0), 10**400), (('epoch',), 99), (('engine',), '\x1b[31m'), (('data',), (256, 64)),
     *(((o, 'loaders'), []) for o in ('random', 'began')), *(((o, 'numpy', 1), torch.zeros(3)) for o in ('random', 'began')),
-])
+    *((('random', 'numpy', 2), o) for o in (10**9, -10**9, 625, -1)), (('random', 'numpy', 4), 'x'), (('random', 'python', 2), 'x'), (('began', 'loaders', 0, 2), 'x'),
+    *((('opt', 'state', 0, 'momentum_buffer'), o) for o in (torch.tensor(0.), 5, True, None, torch.zeros(1).expand(32,1,3,3))), (('opt', 'param_groups', 0, 'lr'), 1e300),
+    (('history', 0, 'train_accuracy'), {}), (('history', 0, 'train_accuracy'), [1.]), (('history', 0, 'correct'), 1e400), (('history',), []),
+    (('recorder', 'iters'), (2,)), (('recorder', 'values'), ([0.],)), (('recorder', 'smooth'), (3, 0.134)), (('epoch',), True),
+], ids=lambda o: str(o)[:40])
 def test_a_state_of_another_form(half_done, at_hand, path, new):
     folder,state,go_on = half_done
     with pytest.raises(ValueError) as e: go_on(changed(state, path, new))

@@ -3,10 +3,11 @@ import errno, json, multiprocessing, os, random, re, signal, stat, subprocess, s
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.optimizer import Adam, RMSProp, SGD
+from fastai.optimizer import Adam, ranger, RMSProp, SGD
 from safetensors.torch import load_file
-from mnist_block3.all import (block3_learner, Callback, Checkpoint, DataLoaders, EarlyStoppingCallback, history, Learner, locked, mnist_dls, new_run_dir,
+from mnist_block3.all import (accuracy, block3_learner, Callback, CancelValidException, Checkpoint, DataLoaders, EarlyStoppingCallback, F1Score, history, L, Learner, locked, mnist_dls, new_run_dir,
                               OptimWrapper, read_checkpoint, ReduceLROnPlateau, resume_run, run_files, run_settings, SaveModelCallback, set_seed, Study,
                               sweep, TfmdDL, train_run, Transform, WeightedDL, write_whole)
 from mnist_block3 import run as run_module
@@ -111,6 +112,11 @@ class SignalInLoop(Signal):
         if self.training: self.send(self.iter)
 
 
+class StepsTaken(Callback):
+    n_taken = 0
+    def after_step(self): self.n_taken += 1
+
+
 def some_steps(monkeypatch, fast, recipe, *cbs, stop=None, device='cpu'):
     "A fit of three epochs of five steps each, the last one shorter, that SIGINT may stop"
     set_seed(0)
@@ -141,11 +147,9 @@ def test_stopped_at_a_step(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c, 
         with pytest.raises(KeyboardInterrupt): fit(Checkpoint(file), stop=(e, n))
         state = read_checkpoint(file)
         assert (state['epoch'], state['part']['n'], state['train_iter']) == (e, min(n+1, 5), 5*e + min(n+1, 5))
-        done,step = [],torch.optim.SGD.step
-        with monkeypatch.context() as m:
-            if not fast: m.setattr(torch.optim.SGD, 'step', lambda self, *args: (done.append(1), step(self, *args)))
-            learn = fit(Checkpoint(file, resume=True))
-        assert fast or len(done) == 15 - state['train_iter']
+        done = StepsTaken()
+        learn = fit(Checkpoint(file, resume=True), *[done]*(not fast))
+        assert fast or done.n_taken == 15 - state['train_iter']
         assert same(learn.model.state_dict(), whole.model.state_dict())
         assert history(learn).drop(columns='seconds').equals(history(whole).drop(columns='seconds'))
         for k in ('losses', 'lrs', 'iters', 'values'): assert getattr(learn.recorder, k) == getattr(whole.recorder, k), k
@@ -182,7 +186,8 @@ def ended_alike(a, b):
 
 @pytest.mark.parametrize('stop', [SignalInLoop(1, 2), Cut(1)])
 @pytest.mark.parametrize('fit,kwargs', [
-    ('fit_one_cycle', {}), ('fit_flat_cos', {}), ('fit', dict(opt_func=Adam)), ('fit', dict(opt_func=SGD)), ('fit_one_cycle', dict(opt_func=RMSProp)),
+    ('fit_one_cycle', {}), ('fit_flat_cos', {}), ('fit', dict(opt_func=Adam)), ('fit', dict(opt_func=ranger)), ('fit_one_cycle', dict(opt_func=RMSProp)),
+    ('fit', dict(opt_func=partial(OptimWrapper, opt=torch.optim.Adafactor))), ('fit', dict(mom=0.)), ('fit_one_cycle', dict(mom=0.)),
     ('fit_one_cycle', dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))), ('fit', dict(start_epoch=1))])
 def test_other_schedules_and_optimizers(tmp_path, at_hand, listening_to_ctrl_c, fit, kwargs, stop):
     start = {k: v for k,v in kwargs.items() if k == 'start_epoch'}
@@ -197,24 +202,108 @@ def test_an_optimizer_that_cannot_be_kept(tmp_path, at_hand):
     class Odd(torch.optim.SGD):
         def step(self, *args):
             super().step(*args)
-            for o in self.param_groups[0]['params']: self.state[o]['memory'] = torch.zeros(3, 3)
+            for o in self.param_groups[0]['params']: self.state[o]['memory'] = torch.zeros(len(self.state[o].get('memory', [])) + 1)
     learn = plain(opt_func=partial(OptimWrapper, opt=Odd))
-    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='its Odd has another form'): learn.fit(1, cbs=Checkpoint(tmp_path/'c'))
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='c: Checkpoint cannot keep this fit: its Odd has another form'): learn.fit(1, cbs=Checkpoint(tmp_path/'c'))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('stop', [SignalInLoop(1, 2), Cut(0), Cut(1)])
-def test_callbacks_that_follow_the_results_see_them_again(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c, stop):
+class Worst(Callback):
+    "Make the results of some epochs the best so far, and the others the worst"
+    order = 59
+    def after_epoch(self):
+        if self.recorder.values[-1][0] < 100: self.recorder.values[-1][0] = 1000. + (self.epoch in (1, 3)) * (self.epoch - 10)
+
+
+@pytest.mark.parametrize('stop', [SignalInLoop(3, 2), SignalInLoop(2, 4), Cut(0), Cut(1), Cut(2), Cut(3), Cut(4)])
+@pytest.mark.parametrize('how', [{}, dict(with_opt=True), dict(every_epoch=2), dict(at_end=True)])
+def test_callbacks_that_follow_the_results_see_them_again(tmp_path, at_hand, monkeypatch, listening_to_ctrl_c, stop, how):
     "The best of the skipped epochs stays the best, and their model, which is on the disk, is not replaced by another"
-    monkeypatch.chdir(tmp_path)
-    cbs = partial(SaveModelCallback, comp=np.greater), partial(ReduceLROnPlateau, comp=np.greater, min_delta=1e3, patience=2), partial(EarlyStoppingCallback, patience=9)
-    ended_alike(*stopped_and_resumed(tmp_path, partial(plain, opt_func=SGD), *cbs, stop=stop))
+    made = []
+    for name in ('whole', 'resumed'):
+        (tmp_path/name).mkdir()
+        monkeypatch.chdir(tmp_path/name)
+        def go(*more):
+            learn = plain(opt_func=SGD)
+            cbs = [Worst(), SaveModelCallback(monitor='train_loss', **how), ReduceLROnPlateau('train_loss', patience=2), EarlyStoppingCallback('train_loss', patience=9)]
+            with learn.no_bar(), learn.no_logging(): learn.fit(5, cbs=[*cbs, *more])
+            return learn
+        if name == 'resumed':
+            with pytest.raises(KeyboardInterrupt): go(Checkpoint('c'), stop)
+        learn = go(*[Checkpoint('c', resume=True)]*(name == 'resumed'))
+        models = {o.name: torch.load(o, weights_only=False) for o in sorted(Path('models').iterdir())}
+        made.append((learn, {k: v['model'] if how.get('with_opt') else v for k,v in models.items()}))
+    (whole,files),(resumed,again) = made
+    ended_alike(whole, resumed)
+    assert files.keys() == again.keys() and all(same(v, again[k]) for k,v in files.items())
+    assert len(files) == (3 if 'every_epoch' in how else 1)
 
 
 def test_early_stopping_counts_on(tmp_path, at_hand, listening_to_ctrl_c):
     whole,resumed = stopped_and_resumed(tmp_path, plain, partial(EarlyStoppingCallback, min_delta=1e3, patience=2), stop=SignalInLoop(1, 1))
     ended_alike(whole, resumed)
     assert len(history(whole)) == len(whole.recorder.values) == 3 and whole.epoch == 2
+
+
+def test_a_fit_that_is_to_stop_in_an_epoch_that_is_skipped(tmp_path, at_hand, listening_to_ctrl_c):
+    "Has the weights that were kept, and not those that it began with"
+    def fit(patience, *cbs):
+        learn = plain()
+        with learn.no_bar(), learn.no_logging(): learn.fit(5, cbs=[EarlyStoppingCallback(min_delta=1e3, patience=patience), *cbs])
+        return learn
+    with pytest.raises(KeyboardInterrupt): fit(9, Checkpoint(tmp_path/'c'), SignalInLoop(3, 2))
+    learn = fit(1, Checkpoint(tmp_path/'c', resume=True))
+    assert learn.epoch < 3 and same(learn.model.state_dict(), read_checkpoint(tmp_path/'c')['model'])
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_the_graph_has_the_skipped_epochs(tmp_path, at_hand, listening_to_ctrl_c):
+    def fit(*cbs):
+        learn,graph = plain(),ShowGraphCallback()
+        with learn.no_logging(): learn.fit(3, cbs=[graph, *cbs])
+        return graph.nb_batches
+    with pytest.raises(KeyboardInterrupt): fit(Checkpoint(tmp_path/'c'), SignalInLoop(2, 2))
+    assert fit(Checkpoint(tmp_path/'c', resume=True)) == [5, 10, 15]
+
+
+def test_epochs_without_evaluation_and_results_that_are_no_numbers(tmp_path, at_hand, listening_to_ctrl_c):
+    class Seldom(Callback):
+        def before_validate(self):
+            if self.epoch != 1: raise CancelValidException
+    whole,resumed = stopped_and_resumed(tmp_path, partial(plain, metrics=[accuracy, F1Score(average=None)]), Seldom, stop=Cut(1))
+    assert same(whole.model.state_dict(), resumed.model.state_dict())
+    assert [len(o) for o in whole.recorder.values] == [len(o) for o in resumed.recorder.values] == [1, 4, 1]
+
+
+def test_two_fits_of_one_learner(tmp_path, at_hand):
+    "With `resume` each goes on with what was interrupted, and not with what the one before it has done"
+    def two(*cbs):
+        learn = plain(cbs=[*cbs])
+        with learn.no_bar(), learn.no_logging():
+            for lr in (0.02, 0.01): learn.fit(1, lr=lr)
+        return learn
+    assert same(two(Checkpoint(tmp_path/'c', resume=True)).model.state_dict(), two().model.state_dict())
+
+
+def test_evaluation_within_a_fit(tmp_path, at_hand, listening_to_ctrl_c):
+    class Look(Callback):
+        def after_train(self):
+            values = self.recorder.values
+            self.learn.validate()
+            self.recorder.values,self.recorder.log = values,L(self.epoch)
+    with pytest.raises(KeyboardInterrupt):
+        learn = plain(cbs=Checkpoint(tmp_path/'c', resume=True))
+        with learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=[Look(), SignalInLoop(2, 1)])
+    assert (read_checkpoint(tmp_path/'c')['epoch'], read_checkpoint(tmp_path/'c')['part']['n']) == (2, 2)
+
+
+def test_a_refused_checkpoint_leaves_all_as_it_was(tmp_path, at_hand):
+    learn = plain(cbs=Checkpoint(tmp_path/'c', resume=True))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2)
+        other = plain(cbs=Checkpoint(tmp_path/'c', resume=True))
+        with other.no_bar(), other.no_logging(), pytest.raises(ValueError, match='is of a fit of 2 epochs, not 3'): other.fit(3)
+    assert len(history(learn)) == 2 and [o.name for o in tmp_path.iterdir()] == ['c']
 
 
 @pytest.mark.parametrize('loader', ['weighted', 'workers'])
