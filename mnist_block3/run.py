@@ -301,25 +301,28 @@ def _check_history(rows, epoch):
     if epochs != sorted({*epochs} & {*range(1, epoch+1)}): raise ValueError(f'its history is not of {epoch} epochs')
 
 def _check_opt_state(opt, kept):
-    "Hold `kept` to what `opt` has now, or after a step"
-    own,*after = (_plain(o, torch.Tensor) for o in (opt.state_dict(), _after_a_step(opt), _after_a_step(opt, 0.5))) # momentum may be scheduled
+    "Hold `kept` to what `opt` may remember"
+    forms = [_plain(o, torch.Tensor) for o in _opt_forms(opt)]
     rest = lambda o: {k: v for k,v in o.items() if k not in ('state', 'param_groups')}
-    groups = lambda o: [g['params'] for g in o.get('param_groups', [])]
-    ok = any(_alike(rest(kept), rest(o), number=True) for o in (own, *after)) and _alike(kept.get('param_groups'), own.get('param_groups'), number=True)
+    params = lambda o: [g['params'] for g in o.get('param_groups', [])]
     each = lambda o: dict(enumerate(o['state'])) if type(o['state']) is list else o['state']
-    has,may = each(kept),[each(o) for o in (own, *after)]
-    ok = ok and groups(kept) == groups(own) and type(kept['state']) is type(own['state']) and len(has) <= len(may[1])
-    ok = ok and all(any(_alike(v, o.get(i, {})) for o in may) and 0 <= v.get('step', 0) < math.inf for i,v in has.items())
+    ok = _alike(kept.get('param_groups'), forms[0].get('param_groups'), number=True) and params(kept) == params(forms[0])
+    ok = ok and any(_alike(rest(kept), rest(o), number=True) for o in forms) and type(kept['state']) is type(forms[0]['state'])
+    ok = ok and all(any(_alike(v, each(o).get(i, {})) for o in forms) and 0 <= v.get('step', 0) < math.inf for i,v in each(kept).items())
     if not ok: raise ValueError(f'its {type(getattr(opt, "opt", opt)).__name__} has another form')
 
-def _after_a_step(opt, momentum=None):
-    "The state of a twin of `opt` that has taken a step without gradient"
-    twin = deepcopy(opt)
-    for group in getattr(twin, 'opt', twin).param_groups:
-        if momentum and 'momentum' in group: group['momentum'] = momentum
-        for p in group['params']: p.requires_grad_(True).grad = torch.zeros_like(p)
-    twin.step()
-    return twin.state_dict()
+def _opt_forms(opt):
+    "States of a twin of `opt`: before its first step, after it, and after one with a small gradient and with momentum, which may be scheduled"
+    for steps,grad,momentum in ((0, 1, None), (1, 1, None), (1, 1e-9, 0.5)):
+        twin = deepcopy(opt)
+        twin.clear_state()
+        for group in getattr(twin, 'opt', twin).param_groups:
+            if momentum and 'dampening' in group: group['momentum'] = momentum
+            for p in group['params']:
+                p.requires_grad_(True).grad = torch.full_like(p, grad)
+                p.data.fill_(1)
+        for _ in range(steps): twin.step()
+        yield twin.state_dict()
 
 
 # %% ../nbs/05_run.ipynb #ea9fec0c

@@ -201,7 +201,7 @@ def test_a_state_made_up(half_done, at_hand):
     (('recorder', 'values', 0, 0), 'x'), (('recorder', 'values', 0, 0), 10**400), (('epoch',), 99), (('engine',), '\x1b[31m'), (('data',), (256, 64)),
     *(((o, 'loaders'), []) for o in ('random', 'began')), *(((o, 'numpy', 1), torch.zeros(3)) for o in ('random', 'began')),
     *((('random', 'numpy', 2), o) for o in (10**9, -10**9, 625, -1)), (('random', 'numpy', 4), 'x'), (('random', 'python', 2), 'x'), (('began', 'loaders', 0, 2), 'x'),
-    *((('opt', 'state', 0, 'momentum_buffer'), o) for o in (torch.tensor(0.), 5, True, None, torch.zeros(1).expand(32,1,3,3))), (('opt', 'param_groups', 0, 'lr'), 1e300),
+    *((('opt', 'state', 0, 'momentum_buffer'), o) for o in (torch.tensor(0.), 5, True, None, torch.zeros(1).expand(32,1,3,3), torch.zeros(288).as_strided((32,1,3,3), (0,0,0,0)))), (('opt', 'param_groups', 0, 'lr'), 1e300),
     (('history', 0, 'train_accuracy'), {}), (('history', 0, 'train_accuracy'), [1.]), (('history', 0, 'correct'), 1e400), (('history',), []),
     (('recorder', 'iters'), (2,)), (('recorder', 'values'), ([0.],)), (('recorder', 'smooth'), (3, 0.134)), (('epoch',), True),
 ], ids=lambda o: str(o)[:40])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.optimizer import Adam, ranger, RMSProp, SGD
+from fastai.optimizer import Adam, Larc, ranger, RMSProp, SGD
 from safetensors.torch import load_file
 from mnist_block3.all import (accuracy, block3_learner, Callback, CancelValidException, Checkpoint, DataLoaders, EarlyStoppingCallback, F1Score, history, L, Learner, locked, mnist_dls, new_run_dir,
                               OptimWrapper, read_checkpoint, ReduceLROnPlateau, resume_run, run_files, run_settings, SaveModelCallback, set_seed, Study,
@@ -186,8 +186,8 @@ def ended_alike(a, b):
 
 @pytest.mark.parametrize('stop', [SignalInLoop(1, 2), Cut(1)])
 @pytest.mark.parametrize('fit,kwargs', [
-    ('fit_one_cycle', {}), ('fit_flat_cos', {}), ('fit', dict(opt_func=Adam)), ('fit', dict(opt_func=ranger)), ('fit_one_cycle', dict(opt_func=RMSProp)),
-    ('fit', dict(opt_func=partial(OptimWrapper, opt=torch.optim.Adafactor))), ('fit', dict(mom=0.)), ('fit_one_cycle', dict(mom=0.)),
+    ('fit_one_cycle', {}), ('fit_flat_cos', {}), ('fit', dict(opt_func=Adam)), ('fit', dict(opt_func=ranger)), ('fit', dict(opt_func=Larc)), ('fit_one_cycle', dict(opt_func=RMSProp)),
+    ('fit', dict(opt_func=partial(OptimWrapper, opt=torch.optim.Adafactor))), ('fit', dict(opt_func=partial(OptimWrapper, opt=torch.optim.RMSprop))), ('fit', dict(mom=0.)), ('fit_one_cycle', dict(mom=0.)),
     ('fit_one_cycle', dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))), ('fit', dict(start_epoch=1))])
 def test_other_schedules_and_optimizers(tmp_path, at_hand, listening_to_ctrl_c, fit, kwargs, stop):
     start = {k: v for k,v in kwargs.items() if k == 'start_epoch'}
