@@ -108,6 +108,7 @@ def block3_train(
     device:str=None, # cpu, cuda, cuda:1 or mps; the GPU if there is one and none is given
     n_train:int=None, # Keep only the first n_train training images
     bf16:bool=False, # Compute in bfloat16
+    reproducible:bool=False, # Have cuDNN compute the same bits each time, on a GPU
     fast:bool=True, # Whether FastEpoch may run the epochs
     also_reference:bool=False, # Judge each epoch also by the reference protocol, on the training images
     settings:str=None, # More settings of the recipe, as in "wd=0.0005 drop=0.01"
@@ -125,7 +126,7 @@ def block3_train(
             else:
                 more = one_setting(settings, recipe) | {k: v for k,v in dict(lr=lr, mom=mom).items() if v is not None}
                 learn,folder = train_run(out, sys.stdout.isatty(), epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid,
-                                         source=source, device=device, n_train=n_train, bf16=bf16, fast=fast,
+                                         source=source, device=device, n_train=n_train, bf16=bf16, reproducible=reproducible, fast=fast,
                                          also_reference=also_reference, **more)
     except (ValueError, RuntimeError) as e: sys.exit('block3_train: ' + str(e).rpartition('\n\t')[2]) # fastai puts the callback before it
     except OSError as e: sys.exit(f'block3_train: {e}{_how_to_go_on(getattr(e, "run_folder", None))}')

@@ -549,6 +549,7 @@ def run_settings(
     device:str=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; `None`: the GPU if there is one
     n_train:int=None, # Keep only the first `n_train` training images
     bf16:bool=False, # Compute in bfloat16 where PyTorch's autocast does
+    reproducible:bool=False, # Have cuDNN compute the same bits each time, on a GPU
     fast:bool=True, # Let `FastEpoch` run the epochs where it can
     also_reference:bool=False, # Judge each epoch also as the reference judged itself
     **settings # Of the recipe, in place of its own: `lr`, `mom` and what else `recipe_settings` has
@@ -559,14 +560,14 @@ def run_settings(
     epochs = recipe_epochs[recipe] if epochs is None else epochs
     _check_count(epochs=epochs, bs=bs, **({} if n_train is None else {'n_train': n_train}))
     _check_choice('valid', valid, protocols)
-    for k,v in dict(bf16=bf16, fast=fast, also_reference=also_reference).items():
+    for k,v in dict(bf16=bf16, reproducible=reproducible, fast=fast, also_reference=also_reference).items():
         if not isinstance(v, bool): raise ValueError(f'{k}={v!r}: {k} is True or False')
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f'seed={seed}: seed is a whole number from 0 to {2**32-1}')
     if source is not None: source = str(_check_source(source).resolve())
     kept = dict(epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid, source=source,
                 device=None if device is None else str(device), n_train=n_train,
-                bf16=bf16, fast=fast, also_reference=also_reference, **settings)
+                bf16=bf16, reproducible=reproducible, fast=fast, also_reference=also_reference, **settings)
     return {k: getattr(v, 'item', lambda: v)() for k,v in kept.items()}
 
 # %% ../nbs/05_run.ipynb #48604633
@@ -604,7 +605,7 @@ def _first_locks(folder): return nullcontext() if rank_distrib() else locked(fol
 def _learner(run):
     "A learner as the settings `run` have it, and its `fit`"
     settings = {k: run[k] for k in recipe_settings(run['recipe'])}
-    set_seed(run['seed'])
+    set_seed(run['seed'], run['reproducible'])
     dls = mnist_dls(run['source'], **{k: run[k] for k in ('bs','valid','device','n_train')})
     learn = block3_learner(dls, fast=run['fast'], **settings if run['recipe'] == 'reference' else {})
     if run['bf16']: learn.to_bf16()

@@ -431,6 +431,17 @@ def test_settings_are_kept(tmp_path, capsys):
     finally: torch.set_num_threads(threads)
 
 
+def test_reproducible_is_kept(tmp_path, monkeypatch):
+    "It asks cuDNN, which a CPU does not have, for kernels that compute the same bits each time"
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', False)
+    for given in (False, True):
+        train_run(tmp_path/str(given), reproducible=given, **few | dict(epochs=1))
+        assert torch.backends.cudnn.deterministic == given
+    torch.backends.cudnn.deterministic = False
+    for name in ('summary.json', 'weights.safetensors'): (tmp_path/'True'/name).unlink()
+    assert resume_run(tmp_path/'True')[0] and torch.backends.cudnn.deterministic
+
+
 @pytest.mark.parametrize('kwargs,message', [
     (dict(resume='none'), 'none is no run folder: it has no settings.json'),
     (dict(resume='bad'), 'cannot be read'),

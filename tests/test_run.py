@@ -25,7 +25,7 @@ def test_what_a_run_keeps(tmp_path):
     learn,folder = train_run(**few, out=tmp_path/'run')
     assert {o.name for o in folder.iterdir()} == set(run_files)
     summary,h = json.loads((folder/'summary.json').read_text()),pd.read_csv(folder/'history.csv')
-    assert summary['settings'] == dict(few, bs=64, recipe='reference', seed=0, source=None, bf16=False, fast=True,
+    assert summary['settings'] == dict(few, bs=64, recipe='reference', seed=0, source=None, bf16=False, reproducible=False, fast=True,
                                        also_reference=False, lr=0.02, mom=0.8, step_size=15, gamma=0.1)
     assert (summary['engine'], summary['why']) == ('plain', 'the fit is short')
     assert {'torch', 'torchvision', 'fastai', 'fastcore', 'mnist_block3', 'python'} <= set(summary['versions'])
@@ -129,7 +129,7 @@ def console(*args, cwd):
 
 @pytest.mark.parametrize('n_train,no_fast', [('--n_train', '--no_fast'), ('--n-train', '--no-fast')])
 def test_console(tmp_path, n_train, no_fast):
-    res = console('--epochs', '1', n_train, '640', '--valid', 'reference', '--bf16', no_fast, cwd=tmp_path)
+    res = console('--epochs', '1', n_train, '640', '--valid', 'reference', '--bf16', '--reproducible', no_fast, cwd=tmp_path)
     assert (res.returncode, res.stderr) == (0, '')
     folder, = (tmp_path/'runs').iterdir()
     assert {o.name for o in folder.iterdir()} == set(run_files)
@@ -139,7 +139,7 @@ def test_console(tmp_path, n_train, no_fast):
     assert protocols['reference'] in res.stdout and 'test' not in res.stdout
     assert f'are in runs/{folder.name}' in res.stdout
     settings = json.loads((folder/'summary.json').read_text())['settings']
-    assert (settings['bf16'], settings['fast']) == (True, False)
+    assert (settings['bf16'], settings['reproducible'], settings['fast']) == (True, True, False)
 
 
 def test_a_run_that_diverged_is_recorded_as_one(tmp_path):
