@@ -128,8 +128,9 @@ def block3_train(
                 learn,folder = train_run(out, sys.stdout.isatty(), epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid,
                                          source=source, device=device, n_train=n_train, bf16=bf16, reproducible=reproducible, fast=fast,
                                          also_reference=also_reference, **more)
-    except (ValueError, RuntimeError) as e: sys.exit('block3_train: ' + str(e).rpartition('\n\t')[2]) # fastai puts the callback before it
-    except OSError as e: sys.exit(f'block3_train: {e}{_how_to_go_on(getattr(e, "run_folder", None))}')
+    except (ValueError, RuntimeError, OSError) as e:
+        said = str(e).rpartition('\n\t')[2] # fastai puts the callback before it
+        sys.exit(f'block3_train: {said}{_how_to_go_on(getattr(e, "run_folder", None)) if isinstance(e, OSError) else ""}')
     if rank_distrib(): return # the first of the processes of a launcher speaks for all
     if learn is None: return print(f'{folder} is finished: there is nothing left to do')
     valid = read_settings(folder)['settings']['valid']

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['run_files', 'recipes', 'recipe_epochs', 'new_run_dir', 'write_whole', 'locked', 'code_hash', 'run_environment',
            'run_results', 'save_run', 'random_state', 'set_random_state', 'fit_state', 'set_fit_state',
-           'check_fit_state', 'Checkpoint', 'read_checkpoint', 'EpochLines', 'recipe_settings', 'run_settings',
-           'JudgeAlso', 'train_run', 'read_settings', 'resume_run']
+           'check_fit_state', 'Checkpoint', 'checkpoint_bytes', 'read_checkpoint', 'EpochLines', 'recipe_settings',
+           'run_settings', 'JudgeAlso', 'train_run', 'read_settings', 'resume_run']
 
 # %% ../nbs/05_run.ipynb #017596a7
-import hashlib, inspect, io, itertools, json, math, os, platform, random, signal, tempfile, time, zipfile
+import hashlib, inspect, io, itertools, json, math, os, platform, random, signal, tempfile, time
 from contextlib import contextmanager, ExitStack, nullcontext
 from copy import deepcopy
 from datetime import datetime, timezone
@@ -20,7 +20,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.callback.core import Callback, CancelEpochException
@@ -52,8 +52,10 @@ def new_run_dir(
     "Make a run folder; raises `ValueError` where `out` is taken, and `OSError` where it cannot be written"
     folder = Path('runs')/f'{datetime.now():%Y%m%d-%H%M%S-%f}' if out is None else Path(out).expanduser()
     if folder.is_dir() and any(not _is_tmp(o) for o in folder.iterdir()): raise ValueError(f'{folder} is not empty: a run needs a new folder')
+    made = [o for o in (folder, *folder.parents) if not o.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for o in made: _sync_folder(o.parent)
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as e: raise type(e)(f'{folder} cannot be written: {e.strerror}') from None
     return folder
@@ -95,10 +97,18 @@ def locked(
     own = path if path.is_dir() else path.with_name(f'.{path.name}.lock') # a file is replaced when it is written
     fd = _lock(own)
     if fd is None: raise ValueError(f'{path} is in use by another {"process" if own is path else "fit"}')
+    _held.add(fd)
     try: yield
     finally:
-        if own is not path: own.unlink(missing_ok=True)
-        os.close(fd)
+        if fd in _held: # a forked process has none
+            if own is not path: own.unlink(missing_ok=True)
+            _held.remove(fd)
+            os.close(fd)
+
+_held = set() # descriptors; a worker of a loader, which may outlive its parent, must not hold them too
+def _leave():
+    while _held: os.close(_held.pop())
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_leave)
 
 def _lock(path):
     "A descriptor that holds `path`, or `None` where another does"
@@ -197,7 +207,7 @@ def fit_state(
     learn:Learner, # In a fit, at the end of an epoch or between two of its steps
     n:int=0, # Steps of the epoch that are done; 0: the epoch is
     began:dict=None, # Random states with which the epoch began, from `random_state`; `None`: as they are
-) -> dict: # Tensors, numbers and strings, which `torch.load` reads with `weights_only`
+) -> dict: # Of tensors, numbers and strings, in dicts, lists and tuples
     "All that the rest of the fit follows from"
     rec,h = learn.recorder,learn.history
     recorded = dict(values=_plain(rec.values), lrs=_plain(rec.lrs), iters=_plain(rec.iters), losses=torch.tensor([float(o) for o in rec.losses]),
@@ -249,8 +259,7 @@ def _set_part(learn, state):
 # %% ../nbs/05_run.ipynb #890ad9d8
 def _alike(a, b, number=False):
     "Whether `a` has the form of `b`: types, names, lengths, shapes; with `number` any number stands for any other that float32 can take"
-    if isinstance(b, torch.Tensor): # whose parts lie beside each other, and not on each other
-        return isinstance(a, torch.Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype) and a.stride() == torch.empty_like(a).stride()
+    if isinstance(b, torch.Tensor): return isinstance(a, torch.Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
     if isinstance(b, dict): return isinstance(a, dict) and a.keys() == b.keys() and all(_alike(a[k], v, number) for k,v in b.items())
     if isinstance(b, (list, tuple)): return type(a) is type(b) and len(a) == len(b) and all(_alike(*o, number) for o in zip(a, b))
     if number and type(a) in (int, float): return type(b) in (int, float) and abs(a) <= torch.finfo(torch.float32).max
@@ -272,6 +281,7 @@ def check_fit_state(
 def _check_state(learn, state):
     own,rec,epoch,part = fit_state(learn),state['recorder'],state['epoch'],state['part']
     if tuple(state['data']) != own['data']: raise ValueError('it is of {0} images, {1} a step, not of {2}, {3}'.format(*state['data'], *own['data']))
+    if [o.keys() for o in rec['hps']] != [o.hps.keys() for o in _schedulers(learn)]: raise ValueError('it has another schedule')
     tables = dict(values=rec['values'], lrs=[0.]*len(rec['lrs']), iters=[0]*epoch, losses=torch.zeros(len(rec['lrs'])), smooth=(0., 0),
                   hps=[{k: [0.]*len(kept[k]) for k in o.hps} for o,kept in zip(_schedulers(learn), rec['hps'])])
     parts = dict(model=(state['model'], own['model']), part=(part, own['part']), recorder=(rec, tables))
@@ -362,7 +372,7 @@ class Checkpoint(Callback):
         self.unsilence()
         if not all(map(self.learn._grab_cbs, (History, FastEpoch))): raise ValueError('Checkpoint is for learners that block3_learner has made')
         if not all(hasattr(o, 'rng') for o in self.dls.loaders): raise ValueError("Checkpoint is for fastai's loaders, whose order it can keep")
-        self.full = self.file.absolute()
+        self.full,self.rates = self.file.absolute(),[float(o['lr']) for o in self.opt.hypers] # with which the fit begins
         if not self.full.parent.is_dir(): raise FileNotFoundError(f'{self.file.parent} is no folder')
         if self.full.is_dir(): raise IsADirectoryError(f'{self.file} is a folder')
         if not rank_distrib(): self.take()
@@ -378,6 +388,7 @@ class Checkpoint(Callback):
     def read(self):
         state = read_checkpoint(self.file)
         if state['n_epoch'] != self.n_epoch: raise ValueError(f'{self.file} is of a fit of {state["n_epoch"]} epochs, not {self.n_epoch}')
+        if not _alike(state['lr'], self.rates) or state['lr'] != self.rates: raise ValueError(f'{self.file} is of a fit with lr={state["lr"]}, not {self.rates}')
         with self.named():
             check_fit_state(self.learn, state)
             rows = [[row.get(o) for o in self.columns] for row in state['history']]
@@ -457,38 +468,70 @@ class Checkpoint(Callback):
         if rank_distrib(): return
         if not self.has_file(): raise ValueError(f'{self.file} is in use by another fit')
         with held_signals(signal.SIGINT, signal.SIGTERM):
-            state,buffer = self.kept(*args),io.BytesIO()
-            torch.save(state, buffer)
-            write_whole(self.full, buffer.getvalue())
+            write_whole(self.full, self.kept(*args))
 
     def kept(self, *args):
-        "The state of the fit; the first is looked at as if it came from a file"
+        "The state of the fit, as bytes; the first is looked at as if it came from a file"
         try:
-            state = fit_state(self.learn, *args)
+            state = fit_state(self.learn, *args) | dict(lr=self.rates)
             if not self.checked: _check_state(self.learn, state)
+            data = checkpoint_bytes(state)
         except Exception as e: raise ValueError(f'{self.file}: Checkpoint cannot keep this fit: {e}') from e
         self.checked = True
-        return state
+        return data
 
 def _gradients_wait(model): return any(o.grad is not None and o.grad.any() for o in model.parameters())
 
 
+# %% ../nbs/05_run.ipynb #5d1f0a34
+def checkpoint_bytes(
+    state:dict, # As from `read_checkpoint`
+) -> bytes: # A safetensors file
+    "What `Checkpoint` writes; raises `TypeError` for what JSON cannot hold"
+    tensors = {}
+    text = json.dumps(_spread(state, tensors))
+    return save(tensors, dict(state=text, sha256=_checksum(text, tensors)))
+
+def _spread(o, tensors):
+    "`o` in lists and dicts with one key, which says what they are; its tensors go into `tensors`"
+    def inner(o): return [_spread(v, tensors) for v in o]
+    if isinstance(o, torch.Tensor):
+        tensors[str(len(tensors))] = torch.empty(o.shape, dtype=o.dtype).copy_(o.detach())
+        return dict(tensor=len(tensors) - 1)
+    if isinstance(o, dict): return dict(dict=[inner(kv) for kv in o.items()])
+    return dict(tuple=inner(o)) if isinstance(o, tuple) else inner(o) if isinstance(o, list) else o
+
+def _gathered(o, tensors):
+    "The inverse of `_spread`; each tensor has one place"
+    def inner(o): return [_gathered(v, tensors) for v in o]
+    if isinstance(o, list): return inner(o)
+    if not isinstance(o, dict): return o
+    (kind,v), = o.items()
+    return {'tensor': lambda: tensors.pop(str(v)), 'dict': lambda: dict(map(inner, v)), 'tuple': lambda: tuple(inner(v))}[kind]()
+
+def _checksum(text, tensors):
+    made = hashlib.sha256(text.encode())
+    for k in sorted(tensors):
+        o = tensors[k]
+        made.update(f'{k} {o.dtype} {[*o.shape]}'.encode() + o.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()
+
 # %% ../nbs/05_run.ipynb #a9b2e670
 def read_checkpoint(
     file:Path, # Written by `Checkpoint`
-) -> dict: # As from `fit_state`
+) -> dict: # As from `fit_state`, and the rates `lr` with which the fit began
     "Read a checkpoint, on the CPU; raises `ValueError` where it is damaged or is something else"
     try:
-        with zipfile.ZipFile(file) as z: # whose checksums `torch.load` does not look at, and which may hold more than it seems to
-            if any(o.compress_type for o in z.infolist()): raise ValueError('it is compressed')
-            if bad := z.testzip(): raise ValueError(f'the checksum of {bad} is wrong')
-        state = torch.load(file, map_location='cpu', weights_only=True)
-        if any(o.numel()*o.element_size() > o.untyped_storage().nbytes() for o in _tensors(state)): raise ValueError('it holds less than it seems to')
+        data = Path(file).read_bytes()
+        tensors,about = load(data),json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])['__metadata__']
+        if _checksum(about['state'], tensors) != about['sha256']: raise ValueError('its checksum is wrong')
+        state = _gathered(json.loads(about['state']), tensors)
+        if tensors: raise ValueError('it has tensors that belong nowhere')
     except FileNotFoundError: raise
     except Exception as e:
         raise ValueError(f'{file} is no checkpoint, or damaged: {str(e).splitlines()[0] if str(e) else type(e).__name__}; '
                          'delete it, and the fit begins anew') from e
-    want = dict(epoch=int, n_epoch=int, train_iter=int, part=dict, model=dict, opt=dict, random=dict, began=dict, history=list, recorder=dict, engine=str, data=tuple)
+    want = dict(epoch=int, n_epoch=int, lr=list, train_iter=int, part=dict, model=dict, opt=dict, random=dict, began=dict, history=list, recorder=dict, engine=str, data=tuple)
     ok = isinstance(state, dict) and set(state) == set(want) and all(isinstance(state[k], o) for k,o in want.items())
     ok = ok and bool not in map(type, state.values())
     if not ok or state['engine'] not in engines or not _within(state['epoch'], state['n_epoch'], state['part'].get('n')):
@@ -499,17 +542,11 @@ def _within(epoch, n_epoch, n):
     "Whether after `epoch` epochs of `n_epoch`, and `n` steps, something is done, and no more than there is"
     return type(n) is int and (0 < epoch <= n_epoch if n == 0 else 0 <= epoch < n_epoch and n > 0)
 
-def _tensors(o):
-    "All tensors in `o`"
-    if isinstance(o, torch.Tensor): yield o
-    elif isinstance(o, (dict, list, tuple)):
-        for v in o.values() if isinstance(o, dict) else o: yield from _tensors(v)
-
 # %% ../nbs/05_run.ipynb #f7d4cca2
 class EpochLines(Callback):
     "Print a line an epoch"
     order = 60.2
-    def __init__(self, evaluated_on='evaluation'): self.evaluated_on = evaluated_on
+    def __init__(self, evaluated_on='evaluation', keep=None): self.evaluated_on,self.keep = evaluated_on,keep
     def before_fit(self): self.trained = False
     def before_train(self): self.trained = True # which an epoch that is skipped does not come to
 
@@ -517,7 +554,10 @@ class EpochLines(Callback):
         if not self.trained: return
         o = self.history.rows[-1]
         mbar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
-        (mbar.write if mbar else partial(print, flush=True))(
+        write = mbar.write if mbar else partial(print, flush=True)
+        if self.keep and self.keep.n_epochs == self.epoch and self.keep.engine not in (None, self.fast_epoch.engine):
+            write(f'It began with the steps: {self.keep.engine}, and goes on with: {self.fast_epoch.engine}')
+        write(
             f'epoch {o["epoch"]:2}/{self.n_epoch}  train loss {o["train_loss"]:.4f}  {self.evaluated_on} loss {o["valid_loss"]:.4f}  '
             f'{o["correct"]:,}/{o["total"]:,}  {100*o["valid_accuracy"]:.2f} %  {o["seconds"]:.1f} s')
 
@@ -600,12 +640,20 @@ def _from_first(f):
     torch.distributed.broadcast_object_list(path)
     return Path(path[0])
 
-def _first_locks(folder): return nullcontext() if rank_distrib() else locked(folder)
+@contextmanager
+def _at_work_in(folder):
+    "Have `folder` to oneself, and name it in what goes wrong there"
+    try:
+        with nullcontext() if rank_distrib() else locked(folder): yield
+    except BaseException as e:
+        if (folder/'settings.json').exists(): e.run_folder = folder
+        raise
 
 def _learner(run):
     "A learner as the settings `run` have it, and its `fit`"
     settings = {k: run[k] for k in recipe_settings(run['recipe'])}
-    set_seed(run['seed'], run['reproducible'])
+    set_seed(run['seed'])
+    torch.backends.cudnn.deterministic = run['reproducible']
     dls = mnist_dls(run['source'], **{k: run[k] for k in ('bs','valid','device','n_train')})
     learn = block3_learner(dls, fast=run['fast'], **settings if run['recipe'] == 'reference' else {})
     if run['bf16']: learn.to_bf16()
@@ -614,21 +662,16 @@ def _learner(run):
 def _fit(learn, fit, folder, about, bar):
     "Do what is left of a run, and keep what comes of it"
     run,began,first = about['settings'],datetime.now(timezone.utc),rank_distrib() == 0
-    keep = Checkpoint(folder/'checkpoint.pt', resume=True)
+    keep = Checkpoint(folder/'checkpoint.safetensors', resume=True)
     keep.columns = 'train_loss','valid_loss','train_accuracy','valid_accuracy','correct','total' # what the files of a run need
-    try:
-        with learn.distrib_ctx() if num_distrib() > 1 else nullcontext(), nullcontext() if bar else learn.no_bar(), learn.no_logging():
-            fit(run['epochs'], cbs=[JudgeAlso()]*run['also_reference'] + [EpochLines(run['valid'])]*first + [keep])
-        if not first: return learn,folder
-        seconds = (datetime.now(timezone.utc) - began).total_seconds()
-        engine = keep.engine if keep.n_epochs == run['epochs'] else learn.fast_epoch.engine
-        if keep.engine not in (None, engine): print(f'It began with the steps: {keep.engine}, and went on with: {engine}')
-        resumed = dict(epochs=keep.n_epochs, steps=keep.n_steps) if keep.engine else None
-        save_run(learn, folder, run['valid'], settings=run, began=about['began'], seconds=seconds, resumed_after=resumed,
-                 engine=engine, why=learn.fast_epoch.why)
-    except BaseException as e:
-        e.run_folder = folder
-        raise
+    with learn.distrib_ctx() if num_distrib() > 1 else nullcontext(), nullcontext() if bar else learn.no_bar(), learn.no_logging():
+        fit(run['epochs'], cbs=[JudgeAlso()]*run['also_reference'] + [EpochLines(run['valid'], keep)]*first + [keep])
+    if not first: return learn,folder
+    seconds = (datetime.now(timezone.utc) - began).total_seconds()
+    engine = keep.engine if keep.n_epochs == run['epochs'] else learn.fast_epoch.engine
+    resumed = dict(epochs=keep.n_epochs, steps=keep.n_steps) if keep.engine else None
+    save_run(learn, folder, run['valid'], settings=run, began=about['began'], seconds=seconds, resumed_after=resumed,
+             engine=engine, why=learn.fast_epoch.why)
     keep.file.unlink(missing_ok=True)
     return learn,folder
 
@@ -644,7 +687,7 @@ def train_run(
     _join(run['device'])
     learn,fit = _learner(run)
     folder = _from_first(partial(new_run_dir, out))
-    with _first_locks(folder):
+    with _at_work_in(folder):
         about = dict(settings=run, began=datetime.now(timezone.utc).isoformat(timespec='seconds')) | run_environment(learn.dls.device)
         if not rank_distrib(): write_whole(folder/'settings.json', json.dumps(about, indent=2).encode())
         return _fit(learn, fit, folder, about, bar)
@@ -660,6 +703,8 @@ def read_settings(
     except (OSError, ValueError, RecursionError) as e: raise ValueError(f'{file} cannot be read: {e}') from e
     want = dict(settings=dict, began=str, versions=dict, machine=dict)
     if not isinstance(about, dict) or {k: type(about.get(k)) for k in want} != want: raise ValueError(f'{file} is not of a run')
+    for k,v in [*about['versions'].items(), *about['machine'].items()]: # which may be printed
+        if type(v) not in (str, int, type(None)) or not str(v).isprintable(): raise ValueError(f'{file}: {k!r} is {v!r}')
     try: made = run_settings(**about['settings'])
     except FileNotFoundError: raise
     except (TypeError, ValueError, OverflowError) as e: raise ValueError(f'{file}: {e}') from e
@@ -680,11 +725,12 @@ def resume_run(
     folder = Path(folder).expanduser()
     about = read_settings(folder)
     run,threads = about['settings'],about['machine'].get('threads')
-    with _first_locks(folder):
-        for o in filter(_is_tmp, folder.iterdir()): o.unlink(missing_ok=True)
-        if (folder/'summary.json').is_file():
-            if (folder/'checkpoint.pt').exists(): (folder/'checkpoint.pt').unlink() # a folder that cannot be written may be without
-            return None,folder
+    with _at_work_in(folder):
+        finished = (folder/'summary.json').is_file()
+        if not rank_distrib(): # which alone has the folder
+            left = [*filter(_is_tmp, folder.iterdir()), *[folder/'checkpoint.safetensors']*finished]
+            for o in filter(Path.exists, left): o.unlink(missing_ok=True) # a folder that cannot be written may be without
+        if finished: return None,folder
         if isinstance(threads, int) and 0 < threads <= 1024: torch.set_num_threads(threads)
         try: get_device(run['device'])
         except RuntimeError: run = run | dict(device=None)

@@ -40,7 +40,7 @@ def run_name(
 ) -> str: # Eight hexadecimal digits
     "The name of a run, made from its settings"
     plain = lambda v: None if v is None or v != v else float(v) if isinstance(v, Number) else str(v)
-    values = [plain(run[k]) for k in (*_named, *recipe_settings(run['recipe']))]
+    values = [plain(run[k]) for k in (*_named, *recipe_settings(run['recipe']))] + ['reproducible']*(run.get('reproducible') in (True, 'True'))
     return hashlib.sha1(json.dumps(values).encode()).hexdigest()[:8]
 
 def run_label(

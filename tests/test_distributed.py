@@ -158,7 +158,7 @@ def alone(tmp_path_factory):
 def test_killed_and_resumed(alone, tmp_path, rank):
     "A process that is killed ends the run with an error, and the same number of processes ends as if nothing had happened"
     p,folder = start(2, *train, *long, '--out', tmp_path/'run'),tmp_path/'run'
-    while not (folder/'checkpoint.pt').exists(): time.sleep(0.05); assert p.poll() is None, p.communicate()
+    while not (folder/'checkpoint.safetensors').exists(): time.sleep(0.05); assert p.poll() is None, p.communicate()
     os.kill(processes(folder)[rank], signal.SIGKILL)
     began = time.monotonic()
     finish(p, ok=False)

@@ -7,7 +7,7 @@ from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import Adam, Larc, ranger, RMSProp, SGD
 from safetensors.torch import load_file
-from mnist_block3.all import (accuracy, block3_learner, Callback, CancelValidException, Checkpoint, DataLoaders, EarlyStoppingCallback, F1Score, history, L, Learner, locked, mnist_dls, new_run_dir,
+from mnist_block3.all import (accuracy, block3_learner, Callback, CancelValidException, Checkpoint, checkpoint_bytes, DataLoaders, EarlyStoppingCallback, F1Score, history, L, Learner, locked, mnist_dls, new_run_dir,
                               OptimWrapper, read_checkpoint, ReduceLROnPlateau, resume_run, run_files, run_settings, SaveModelCallback, set_seed, Study,
                               sweep, TfmdDL, train_run, Transform, WeightedDL, write_whole)
 from mnist_block3 import run as run_module
@@ -92,7 +92,7 @@ def test_resumed_after_each_epoch(tmp_path, at_hand, monkeypatch, whole):
         monkeypatch.setattr(Checkpoint, 'save', stop)
         with pytest.raises(KeyboardInterrupt): train_run(tmp_path/str(last), **few)
         monkeypatch.setattr(Checkpoint, 'save', save)
-        assert read_checkpoint(tmp_path/str(last)/'checkpoint.pt')['epoch'] == last
+        assert read_checkpoint(tmp_path/str(last)/'checkpoint.safetensors')['epoch'] == last
         learn,folder = resume_run(tmp_path/str(last))
         assert same(weights(folder), whole['reference'][0])
         summary = json.loads((folder/'summary.json').read_text())
@@ -431,9 +431,44 @@ def test_settings_are_kept(tmp_path, capsys):
     finally: torch.set_num_threads(threads)
 
 
+def test_another_path_is_said_at_once(tmp_path, capsys):
+    folder = train_run(tmp_path/'run', **few | dict(epochs=2))[1]
+    for o in run_files[1:]: (folder/o).unlink()
+    learn = block3_learner(mnist_dls(**{k: few[k] for k in ('valid', 'n_train', 'device')}), fast=False)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=[Checkpoint(folder/'checkpoint.safetensors'), Cut(0)])
+    state = read_checkpoint(folder/'checkpoint.safetensors')
+    write_whole(folder/'checkpoint.safetensors', checkpoint_bytes(state | dict(engine='eager')))
+    capsys.readouterr()
+    resume_run(folder)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == 'It began with the steps: eager, and goes on with: plain' and said[1].startswith('epoch  2/2') and len(said) == 2
+
+
+def test_a_folder_is_named_as_soon_as_it_can_be_gone_on_with(tmp_path, monkeypatch):
+    for begun in (False, True):
+        def stop(folder):
+            if (folder/'settings.json').exists() == begun: raise KeyboardInterrupt
+        monkeypatch.setattr(run_module, '_sync_folder', stop)
+        with pytest.raises(KeyboardInterrupt) as e: train_run(tmp_path/str(begun), **few)
+        assert getattr(e.value, 'run_folder', None) == (tmp_path/'True' if begun else None)
+    monkeypatch.undo()
+    monkeypatch.setattr(run_module, '_learner', lambda run: signal.default_int_handler(2, None))
+    with pytest.raises(KeyboardInterrupt) as e: resume_run(tmp_path/'True')
+    assert e.value.run_folder == tmp_path/'True'
+
+
+def test_other_ranks_leave_the_files_of_the_first(tmp_path, monkeypatch):
+    folder = train_run(tmp_path/'run', **few | dict(epochs=1))[1]
+    (folder/'summary.json').unlink()
+    (folder/'.checkpoint.safetensors.tmp').touch()
+    monkeypatch.setenv('RANK', '1')
+    resume_run(folder)
+    assert (folder/'.checkpoint.safetensors.tmp').exists() and not (folder/'summary.json').exists()
+
+
 def test_reproducible_is_kept(tmp_path, monkeypatch):
     "It asks cuDNN, which a CPU does not have, for kernels that compute the same bits each time"
-    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', False)
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
     for given in (False, True):
         train_run(tmp_path/str(given), reproducible=given, **few | dict(epochs=1))
         assert torch.backends.cudnn.deterministic == given
@@ -489,7 +524,7 @@ def test_signals(tmp_path, num, code, fast):
         time.sleep(0.5)
     _,err = p.communicate(timeout=60)
     assert (p.returncode, err) == (code, "block3_train: stopped; go on with: block3_train --resume 'a run'\n")
-    state = read_checkpoint(tmp_path/'a run'/'checkpoint.pt')
+    state = read_checkpoint(tmp_path/'a run'/'checkpoint.safetensors')
     assert state['epoch'] == 1 and 0 < state['part']['n'] < 50
     q = console(tmp_path, '--resume', 'a run')
     out,err = q.communicate(timeout=60)
@@ -578,7 +613,7 @@ def test_every_write_of_a_run_may_fail(tmp_path, at_hand, monkeypatch, capsys, h
     def mended(n):
         folder = tmp_path/f'{n}'
         tidy(folder)
-        if (folder/'checkpoint.pt').exists(): read_checkpoint(folder/'checkpoint.pt')
+        if (folder/'checkpoint.safetensors').exists(): read_checkpoint(folder/'checkpoint.safetensors')
         if (folder/'settings.json').exists(): resume_run(folder)
         else: train_run(folder, **two)
         assert same(weights(folder), want), n
@@ -640,7 +675,7 @@ def test_killed_in_its_first_write(tmp_path):
 def test_killed_in_its_last_act(tmp_path, capsys):
     "The run is finished, and what was to be removed is still there"
     _,folder = train_run(tmp_path/'run', **few | dict(epochs=1))
-    for o in ('checkpoint.pt', '.plots.png.tmp'): (folder/o).touch()
+    for o in ('checkpoint.safetensors', '.plots.png.tmp'): (folder/o).touch()
     block3_train.__wrapped__(resume=str(folder))
     assert 'is finished' in capsys.readouterr().out and {o.name for o in folder.iterdir()} == set(run_files)
 
@@ -679,7 +714,7 @@ def test_compiled_run_goes_on(tmp_path, monkeypatch, listening_to_ctrl_c):
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(Steps, '__call__', interrupted)
         train_run(tmp_path/'b', **few)
-    assert read_checkpoint(tmp_path/'b'/'checkpoint.pt')['part']['n'] == 2
+    assert read_checkpoint(tmp_path/'b'/'checkpoint.safetensors')['part']['n'] == 2
     learn,_ = resume_run(tmp_path/'b')
     assert learn.fast_epoch.engine == 'compiled' and same(weights(tmp_path/'b'), weights(tmp_path/'a'))
 
@@ -705,11 +740,25 @@ def test_a_checkpoint_has_one_fit(tmp_path, at_hand):
     assert [o.name for o in tmp_path.iterdir()] == ['c']
 
 
+def test_a_lock_goes_with_its_process(tmp_path):
+    "And not with one that it has forked, as the worker of a loader, which may live longer"
+    code = 'import os, sys, time; from mnist_block3.run import locked; c = locked(sys.argv[1]); c.__enter__(); os.fork() and time.sleep(60); print(1, flush=True); time.sleep(60)'
+    for path in (tmp_path, tmp_path/'c'):
+        with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, path], stdout=subprocess.PIPE, start_new_session=True) as p:
+            p.stdout.readline()
+            with pytest.raises(ValueError, match='is in use by another'), locked(path): pass
+            p.kill()
+            p.wait()
+            with locked(path): os.killpg(p.pid, signal.SIGKILL) # the child was alive
+
+
 def test_a_checkpoint_of_another_fit(tmp_path):
-    def fit(n, bs=64, **kwargs):
+    def fit(n, bs=64, how='fit', lr=None, **kwargs):
         learn = block3_learner(mnist_dls(valid='reference', n_train=64, bs=bs, device='cpu'))
-        with learn.no_bar(), learn.no_logging(): learn.fit(n, cbs=Checkpoint(**dict(file=tmp_path/'c') | kwargs))
+        with learn.no_bar(), learn.no_logging(): getattr(learn, how)(n, lr or learn.lr, cbs=Checkpoint(**dict(file=tmp_path/'c') | kwargs))
     fit(2)
+    with pytest.raises(ValueError, match=r'c is of a fit with lr=\[0.02\], not \[0.5\]'): fit(2, lr=0.5, resume=True)
+    with pytest.raises(ValueError, match='c: The checkpoint is not of this fit: it has another schedule'): fit(2, how='fit_one_cycle', resume=True)
     with pytest.raises(ValueError, match='is of a fit of 2 epochs, not 3'): fit(3, resume=True)
     with pytest.raises(ValueError, match='c: The checkpoint is not of this fit: it is of 64 images, 64 a step, not of 64, 32'): fit(2, bs=32, resume=True)
     with pytest.raises(FileNotFoundError, match='none is no folder'): fit(2, file=tmp_path/'none'/'c')

@@ -55,6 +55,7 @@ def test_a_run_is_named_for_what_its_result_follows_from(fake, tmp_path):
     runs = sweep_grid(['reference', 'tuned'], [0], dict(lr=[0.1, 0.05]), **small)
     assert len({run_name(o) for o in runs}) == 4
     assert run_name(runs[0]) == run_name(runs[0] | dict(device='cuda', also_reference=True)) != run_name(runs[0] | dict(n_train=640))
+    assert run_name(runs[0]) == run_name({k: v for k,v in runs[0].items() if k != 'reproducible'}) != run_name(runs[0] | dict(reproducible=True))
     rows = sweep(runs, tmp_path, log=[].append).read().to_dict('records')
     assert {run_name(o) for o in rows} == {o['run'] for o in rows} == {run_name(o) for o in runs}
     assert {run_label(o) for o in rows} == {run_label(o) for o in runs}
