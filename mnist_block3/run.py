@@ -10,7 +10,7 @@ __all__ = ['run_files', 'recipes', 'recipe_epochs', 'new_run_dir', 'write_whole'
 
 # %% ../nbs/05_run.ipynb #017596a7
 import hashlib, inspect, io, itertools, json, math, os, platform, random, signal, tempfile, time
-from contextlib import contextmanager, ExitStack, nullcontext
+from contextlib import contextmanager, ExitStack, nullcontext, suppress
 from copy import deepcopy
 from datetime import datetime, timezone
 from functools import partial
@@ -55,7 +55,8 @@ def new_run_dir(
     made = [o for o in (folder, *folder.parents) if not o.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for o in made: _sync_folder(o.parent)
+        for o in made:
+            with suppress(OSError): _sync_folder(o.parent) # which may be one that can be written, and not read
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as e: raise type(e)(f'{folder} cannot be written: {e.strerror}') from None
     return folder
