@@ -110,6 +110,14 @@ def little_memory(mb):
     assert kb('VmHWM') - before < mb*1024, f'{(kb("VmHWM") - before)//1024} MiB'
 
 
+def pixels(file):
+    "MiB that a picture may take: 16 bytes for each of the pixels that it says it has"
+    try:
+        with Image.open(file) as im: n = im.width*im.height
+    except Exception: return 0
+    return 16*n/2**20 if n <= Image.MAX_IMAGE_PIXELS else 0
+
+
 def fuzz(whole, kind, n):
     load,folder,file,contents = whole[kind]
     errors = (ValueError, FileNotFoundError) if kind == 'settings' else ValueError # a source that is not there
@@ -118,7 +126,7 @@ def fuzz(whole, kind, n):
     @given(st.integers(0, len(contents)-1), st.lists(step, min_size=1, max_size=4), st.booleans())
     def one(which, steps, early):
         file.write_bytes(damaged(contents[which], steps, early))
-        with little_memory(20): # the files have a few kB
+        with little_memory(20 + (pixels(file) if kind == 'picture' else 0)): # the files have a few kB
             try: load(folder)
             except errors as e:
                 seen.add(str(e))
