@@ -524,7 +524,8 @@ def read_checkpoint(
     "Read a checkpoint, on the CPU; raises `ValueError` where it is damaged or is something else"
     try:
         data = Path(file).read_bytes()
-        tensors,about = load(data),json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])['__metadata__']
+        tensors,about = load(data),json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).get('__metadata__') or {}
+        if not {'state', 'sha256'} <= set(about): raise ValueError('its metadata are not those of a checkpoint')
         if _checksum(about['state'], tensors) != about['sha256']: raise ValueError('its checksum is wrong')
         state = _gathered(json.loads(about['state']), tensors)
         if tensors: raise ValueError('it has tensors that belong nowhere')
@@ -558,9 +559,8 @@ class EpochLines(Callback):
         write = mbar.write if mbar else partial(print, flush=True)
         if self.keep and self.keep.n_epochs == self.epoch and self.keep.engine not in (None, self.fast_epoch.engine):
             write(f'It began with the steps: {self.keep.engine}, and goes on with: {self.fast_epoch.engine}')
-        write(
-            f'epoch {o["epoch"]:2}/{self.n_epoch}  train loss {o["train_loss"]:.4f}  {self.evaluated_on} loss {o["valid_loss"]:.4f}  '
-            f'{o["correct"]:,}/{o["total"]:,}  {100*o["valid_accuracy"]:.2f} %  {o["seconds"]:.1f} s')
+        write(f'epoch {o["epoch"]:2}/{self.n_epoch}  train loss {o["train_loss"]:.4f}  {self.evaluated_on} loss {o["valid_loss"]:.4f}  '
+              f'{o["correct"]:,}/{o["total"]:,}  {100*o["valid_accuracy"]:.2f} %  {o["seconds"]:.1f} s')
 
 # %% ../nbs/05_run.ipynb #9a7f6b89
 recipes = {'reference': (block3_learner, ('lr','mom','step_size','gamma')),

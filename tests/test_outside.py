@@ -334,7 +334,7 @@ one = torch.ones(1)
     (made_checkpoint('['*100_000), 'recursion'), (made_checkpoint(json.dumps(nested(400))), 'recursion'), (made_checkpoint(json.dumps(nested(50))), 'of a fit'), (made_checkpoint('[{"tensor": 0}, {"tensor": 0}]', **{'0': one}), '0'),
     (made_checkpoint('1', **{'0': one}), 'tensors that belong nowhere'), (made_checkpoint('{"eval": "1"}'), 'eval'), (made_checkpoint('{"dict": [[[], 1]]}'), 'unhashable'),
     (made_checkpoint('{"a": 1, "b": 1}'), 'too many'), (made_checkpoint('{}'), 'not enough'), (made_checkpoint('"x"'), 'of a fit'), (made_checkpoint('x'), 'Expecting value'),
-    (made_checkpoint('9'*5000), 'digits'), (save({'0': one}), 'metadata'), (save({'0': one}, dict(state='1', sha256='0')), 'its checksum is wrong'), (b'', 'small'), (b'\xff'*100, 'large'),
+    (made_checkpoint('9'*5000), 'digits'), (save({'0': one}), 'metadata are not those'), (save({'0': one}, {'format': 'pt'}), 'metadata are not those'), (save({'0': one}, dict(state='1', sha256='0')), 'its checksum is wrong'), (b'', 'small'), (b'\xff'*100, 'large'),
     (struct.pack('<Q', 94) + b'{"0":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'.ljust(94), 'metadata'),
 ], ids=lambda o: str(o)[:40])
 def test_a_checkpoint_made_by_hand(tmp_path, data, message):
