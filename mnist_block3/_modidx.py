@@ -287,6 +287,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mnist_block3.run._check_state': ('run.html#_check_state', 'mnist_block3/run.py'),
                                   'mnist_block3.run._checksum': ('run.html#_checksum', 'mnist_block3/run.py'),
                                   'mnist_block3.run._cpu_name': ('run.html#_cpu_name', 'mnist_block3/run.py'),
+                                  'mnist_block3.run._end_fits': ('run.html#_end_fits', 'mnist_block3/run.py'),
                                   'mnist_block3.run._fit': ('run.html#_fit', 'mnist_block3/run.py'),
                                   'mnist_block3.run._from_first': ('run.html#_from_first', 'mnist_block3/run.py'),
                                   'mnist_block3.run._gathered': ('run.html#_gathered', 'mnist_block3/run.py'),

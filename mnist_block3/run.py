@@ -9,7 +9,7 @@ __all__ = ['run_files', 'recipes', 'recipe_epochs', 'new_run_dir', 'write_whole'
            'run_settings', 'JudgeAlso', 'train_run', 'read_settings', 'resume_run']
 
 # %% ../nbs/05_run.ipynb #017596a7
-import hashlib, inspect, io, itertools, json, math, os, platform, random, signal, tempfile, time
+import atexit, hashlib, inspect, io, itertools, json, math, os, platform, random, signal, tempfile, time
 from contextlib import contextmanager, ExitStack, nullcontext, suppress
 from copy import deepcopy
 from datetime import datetime, timezone
@@ -341,6 +341,9 @@ class _NotYet(int):
     "The number of an epoch, to be told apart from that which a fit sets as it begins one; `validate` sets none"
 
 _fits,_numbers = {},itertools.count() # the checkpoints that fits of this process have, each with its fit's number and its lock
+@atexit.register
+def _end_fits(): # those that Ctrl-C has ended without a word
+    while _fits: _fits.popitem()[1][1].close()
 
 class Checkpoint(Callback):
     "Keep in `file` what the fit needs to go on from where it is; with `resume`, go on from there"

@@ -740,6 +740,22 @@ def test_a_checkpoint_has_one_fit(tmp_path, at_hand):
     assert [o.name for o in tmp_path.iterdir()] == ['c']
 
 
+def test_a_lock_goes_with_the_interpreter(tmp_path):
+    "Also that of a fit that Ctrl-C ended, and without a word"
+    code = """
+import sys
+from mnist_block3.all import *
+class Stop(Callback):
+    def before_train(self): raise KeyboardInterrupt
+learn = block3_learner(mnist_dls(valid='reference', n_train=64, device='cpu'), cbs=[Checkpoint(sys.argv[1]), Stop()])
+try: learn.fit(1)
+except KeyboardInterrupt: print(*Path(sys.argv[1]).parent.iterdir())
+"""
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, tmp_path/'c'], capture_output=True, text=True)
+    assert p.stdout.strip().endswith('.c.lock') and not p.stderr
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_lock_goes_with_its_process(tmp_path):
     "And not with one that it has forked, as the worker of a loader, which may live longer"
     code = 'import os, sys, time; from mnist_block3.run import locked; c = locked(sys.argv[1]); c.__enter__(); os.fork() and time.sleep(60); print(1, flush=True); time.sleep(60)'
