@@ -1,11 +1,11 @@
 "Several processes as one: against plain PyTorch and scikit-learn, in one process"
 import json, math, os, signal, subprocess, sys, time
+from contextlib import suppress
 from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score, log_loss
-from torch import nn
 from mnist_block3.all import Block3, load_digits, run_files, train_run
 from mnist_block3.cli import _how_to_go_on
 
@@ -13,7 +13,7 @@ pytest.importorskip('accelerate')
 launcher = ['accelerate.commands.launch', '--multi_gpu', '--num_machines=1', '--mixed_precision=bf16', # which a learner does not take from it
             '--dynamo_backend=no', '--main_process_port=0']
 train = '--no_python', 'block3_train'
-few = '--device=cpu', '--n_train=320', '--valid=reference'
+few = '--device=cpu', '--n_train=80', '--bs=16', '--valid=reference'
 
 
 def start(n, *args):
@@ -28,7 +28,7 @@ def finish(p, ok=True):
     return said,err
 
 
-@pytest.fixture(scope='module', params=[2, 3])
+@pytest.fixture(scope='module', params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def ranks(request, once):
     "What each of the processes found"
     n = request.param
@@ -144,32 +144,32 @@ def processes(folder):
 
 long = *few, '--epochs=20'
 
-@pytest.fixture(scope='module')
-def alone(tmp_path_factory):
-    "A run of two processes to which nothing happens"
-    folder = tmp_path_factory.mktemp('alone')/'run'
-    said,_ = finish(start(2, *train, *long, '--out', folder))
-    assert [int(o[5:8]) for o in said.splitlines() if o.startswith('epoch')] == [*range(1, 21)] # each line once
-    return load_file(folder/'weights.safetensors')
-
-
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='needs /proc')
-@pytest.mark.parametrize('rank', [0, 1])
-def test_killed_and_resumed(alone, tmp_path, rank):
+def test_killed_and_resumed(tmp_path):
     "A process that is killed ends the run with an error, and the same number of processes ends as if nothing had happened"
-    p,folder = start(2, *train, *long, '--out', tmp_path/'run'),tmp_path/'run'
-    while not (folder/'checkpoint.safetensors').exists(): time.sleep(0.05); assert p.poll() is None, p.communicate()
-    os.kill(processes(folder)[rank], signal.SIGKILL)
-    began = time.monotonic()
-    finish(p, ok=False)
-    assert time.monotonic() - began < 60
-    assert not processes(folder) and not (folder/'summary.json').exists()
+    said,_ = finish(start(2, *train, *long, '--out', tmp_path/'alone'))
+    assert [int(o[5:8]) for o in said.splitlines() if o.startswith('epoch')] == [*range(1, 21)] # each line once
+    folder,args,seen = tmp_path/'run',[*long, '--out'],None
+    for rank in (1, 0): # the other process, and the one that writes
+        p = start(2, *train, *args, folder)
+        while written(folder) in (None, seen): time.sleep(0.05); assert p.poll() is None, p.communicate()
+        os.kill(processes(folder)[rank], signal.SIGKILL)
+        began = time.monotonic()
+        said,_ = finish(p, ok=False)
+        assert 'Going on' not in said and time.monotonic() - began < 60
+        assert not processes(folder) and not (folder/'summary.json').exists()
+        args,seen = ['--resume'],written(folder)
     said,_ = finish(start(2, *train, '--resume', folder))
     assert 'Going on' not in said
-    assert json.loads((folder/'summary.json').read_text())['resumed_after']['epochs'] >= 1
+    assert json.loads((folder/'summary.json').read_text())['resumed_after']['epochs'] >= 2
+    alone = load_file(tmp_path/'alone'/'weights.safetensors')
     for k,v in load_file(folder/'weights.safetensors').items(): assert torch.equal(v, alone[k])
     said,_ = finish(start(2, *train, '--resume', folder))
     assert said == f'{folder} is finished: there is nothing left to do\n'
+
+def written(folder):
+    "When the last checkpoint was"
+    with suppress(FileNotFoundError): return (folder/'checkpoint.safetensors').stat().st_mtime_ns
 
 
 def test_each_takes_a_gpu_of_its_own(monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ def counts():
 @pytest.mark.parametrize('recipe', ['fit', 'fit_tuned'])
 def test_two_hundred_fits(recipe):
     "After 40 of them memory grows by less than 4 MiB, and nothing else does"
-    dls,learn,after = mnist_dls(valid='reference', n_train=96, bs=32, device='cpu'),None,{}
+    dls,learn,after = mnist_dls(valid='reference', n_train=16, bs=8, device='cpu'),None,{}
     for i in range(200):
         if i % 20 == 0: learn = block3_learner(dls)
         with learn.no_bar(), learn.no_logging(): getattr(learn, recipe)(1)

@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file
 from mnist_block3.all import (Block3, block3_learner, find_images, load_block3, load_digits, mnist_dls, mnist_form, predict_digits,
                               predict_files, weights_path)
+from mnist_block3.cli import block3_export, block3_predict
 
 test = load_digits()[1]
 
@@ -159,12 +160,15 @@ def test_console(folder):
     assert all(0 < float(o[2]) <= 1 for o in lines)
     errors = done.stderr.splitlines()
     assert len(errors) == 3 and all(o.startswith('block3_predict: ') for o in errors) and 'gone.png' in errors[2]
-    done = command('block3_predict', '0.png', '--json', cwd=folder)
-    row = json.loads(done.stdout)
-    assert done.returncode == 0 and row['digit'] == 7 and len(row['probabilities']) == 10 and row['path'] == '0.png'
+
+
+def test_as_json_and_by_what_is_no_weights(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    block3_predict.__wrapped__(['0.png'], json=True)
+    row = json.loads(capsys.readouterr().out)
+    assert row['digit'] == 7 and len(row['probabilities']) == 10 and row['path'] == '0.png'
     (folder/'evil').write_bytes(pickle.dumps(Planted(folder/'ran')))
-    done = command('block3_predict', '0.png', '--weights', 'evil', cwd=folder)
-    assert done.returncode == 1 and 'evil does not hold the weights of Block3' in done.stderr and len(done.stderr.splitlines()) == 1
+    with pytest.raises(SystemExit, match=r'^block3_predict: .*evil does not hold the weights of Block3.*$'): block3_predict.__wrapped__(['0.png'], weights='evil')
     assert not (folder/'ran').exists()
 
 class Planted:
@@ -190,7 +194,7 @@ def test_export(tmp_path):
     probs = np.exp(run(['log_probabilities'], {'images': x})[0])
     np.testing.assert_allclose(probs, predict_digits(load_block3(), test.images[:300]), atol=1e-5)
     assert onnx.load(tmp_path/'here'/'block3.onnx').opset_import[0].version == 18
-    assert command('block3_export', '--formats', 'onxx', cwd=tmp_path).stderr == "block3_export: formats='onxx': formats are safetensors, onnx, js\n"
+    with pytest.raises(SystemExit, match="^block3_export: formats='onxx': formats are safetensors, onnx, js$"): block3_export.__wrapped__(formats='onxx')
 
 
 @pytest.mark.slow

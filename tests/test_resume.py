@@ -15,7 +15,7 @@ from mnist_block3 import sweep as sweep_module
 from mnist_block3.cli import block3_export, block3_train
 from mnist_block3.fast import Steps
 
-few = dict(epochs=4, n_train=320, valid='reference', device='cpu')
+few = dict(epochs=4, n_train=40, bs=8, valid='reference', device='cpu') # batches are small throughout, since a step costs what its images do
 fork = multiprocessing.get_context('forkserver')
 fork.set_forkserver_preload(['mnist_block3.all'])
 
@@ -96,7 +96,7 @@ def test_resumed_after_each_epoch(tmp_path, at_hand, monkeypatch, whole):
         learn,folder = resume_run(tmp_path/str(last))
         assert same(weights(folder), whole['reference'][0])
         summary = json.loads((folder/'summary.json').read_text())
-        assert (summary['resumed_after'], summary['results']['total']) == (dict(epochs=last, steps=0), 320)
+        assert (summary['resumed_after'], summary['results']['total']) == (dict(epochs=last, steps=0), few['n_train'])
         assert len((folder/'history.csv').read_text().splitlines()) == 5
 
 
@@ -120,7 +120,7 @@ class StepsTaken(Callback):
 def some_steps(monkeypatch, fast, recipe, *cbs, stop=None, device='cpu'):
     "A fit of three epochs of five steps each, the last one shorter, that SIGINT may stop"
     set_seed(0)
-    learn = block3_learner(mnist_dls(valid='reference', n_train=300, device=device), fast=fast)
+    learn = block3_learner(mnist_dls(valid='reference', n_train=38, bs=8, device=device), fast=fast)
     learn.fast_epoch.use_compile,learn.fast_epoch.min_steps = False,0
     stop = stop and (Signal if fast else SignalInLoop)(*stop)
     with monkeypatch.context() as m, learn.no_bar(), learn.no_logging():
@@ -176,7 +176,7 @@ def stopped_and_resumed(tmp_path, make, *cbs, stop, fit='fit', file='c', **kwarg
 
 def plain(dls=None, **kwargs):
     set_seed(0)
-    return block3_learner(dls() if dls else mnist_dls(valid='reference', n_train=300, device='cpu'), fast=False, **kwargs)
+    return block3_learner(dls() if dls else mnist_dls(valid='reference', n_train=38, bs=8, device='cpu'), fast=False, **kwargs)
 
 def ended_alike(a, b):
     assert same(a.model.state_dict(), b.model.state_dict())
@@ -310,9 +310,9 @@ def test_a_refused_checkpoint_leaves_all_as_it_was(tmp_path, at_hand):
 def test_loaders_that_draw_as_the_epoch_begins(tmp_path, at_hand, listening_to_ctrl_c, loader):
     "From NumPy for the order, or from torch for the seeds of their workers, as fastai's own do"
     def dls():
-        dls = mnist_dls(valid='reference', n_train=300, device='cpu')
-        if loader == 'weighted': dls.train.__class__,dls.train.wgts = WeightedDL,np.arange(1, 301)/45150
-        else: dls.train = TfmdDL([(torch.full((1,28,28), i/64), i%10) for i in range(320)], bs=64, shuffle=True, num_workers=1, after_item=Shift())
+        dls = mnist_dls(valid='reference', n_train=38, bs=8, device='cpu')
+        if loader == 'weighted': dls.train.__class__,dls.train.wgts = WeightedDL,np.arange(1, 39)/741
+        else: dls.train = TfmdDL([(torch.full((1,28,28), i/64), i%10) for i in range(40)], bs=8, shuffle=True, num_workers=1, after_item=Shift())
         return dls
     ended_alike(*stopped_and_resumed(tmp_path, partial(plain, dls), stop=SignalInLoop(1, 1)))
 
@@ -324,7 +324,7 @@ def test_no_step_is_kept_while_gradients_wait(tmp_path, at_hand, listening_to_ct
     "They would be lost: the epoch is what is gone on from"
     learn = plain()
     with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt):
-        learn.fit(3, cbs=[GradientAccumulation(128), Checkpoint(tmp_path/'c'), SignalInLoop(1, 2)])
+        learn.fit(3, cbs=[GradientAccumulation(16), Checkpoint(tmp_path/'c'), SignalInLoop(1, 2)])
     state = read_checkpoint(tmp_path/'c')
     assert (state['epoch'], state['part']['n']) == (1, 0)
 
@@ -434,7 +434,7 @@ def test_settings_are_kept(tmp_path, capsys):
 def test_another_path_is_said_at_once(tmp_path, capsys):
     folder = train_run(tmp_path/'run', **few | dict(epochs=2))[1]
     for o in run_files[1:]: (folder/o).unlink()
-    learn = block3_learner(mnist_dls(**{k: few[k] for k in ('valid', 'n_train', 'device')}), fast=False)
+    learn = block3_learner(mnist_dls(**{k: few[k] for k in ('valid', 'n_train', 'bs', 'device')}), fast=False)
     with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=[Checkpoint(folder/'checkpoint.safetensors'), Cut(0)])
     state = read_checkpoint(folder/'checkpoint.safetensors')
     write_whole(folder/'checkpoint.safetensors', checkpoint_bytes(state | dict(engine='eager')))
@@ -513,19 +513,19 @@ def console(folder, *args):
 @pytest.mark.parametrize('num,code,fast', [(signal.SIGINT, 130, '--fast'), (signal.SIGTERM, 143, '--no_fast')])
 def test_signals(tmp_path, num, code, fast):
     "One line on how to go on, which works, from the very step"
-    run = dict(epochs=3, n_train=3200, valid='reference', device='cpu')
+    run = dict(epochs=3, n_train=1920, valid='reference', device='cpu')
     args = [str(o) for k,v in run.items() for o in (f'--{k}', v)] + ['--no_fast']*(fast == '--no_fast')
     p = console(tmp_path, *args, '--out', 'a run')
     for line in p.stdout:
         if line.startswith('epoch  1'): break
-    time.sleep(0.3)
+    time.sleep(0.2)
     for _ in range(2): # one is enough, and two are no harm
         p.send_signal(num)
         time.sleep(0.5)
     _,err = p.communicate(timeout=60)
     assert (p.returncode, err) == (code, "block3_train: stopped; go on with: block3_train --resume 'a run'\n")
     state = read_checkpoint(tmp_path/'a run'/'checkpoint.safetensors')
-    assert state['epoch'] == 1 and 0 < state['part']['n'] < 50
+    assert state['epoch'] == 1 and 0 < state['part']['n'] < 30
     q = console(tmp_path, '--resume', 'a run')
     out,err = q.communicate(timeout=60)
     assert (q.returncode, err) == (0, '') and [o[:8] for o in out.splitlines() if o.startswith('epoch')] == ['epoch  2', 'epoch  3']
@@ -602,7 +602,7 @@ def tidy(folder): assert not [o for o in Path(folder).rglob('*') if o.name.endsw
 @pytest.mark.parametrize('how', faults)
 def test_every_write_of_a_run_may_fail(tmp_path, at_hand, monkeypatch, capsys, how):
     "One line that names file and remedy, nothing half written, the last checkpoint as it was; and with room again the run goes on"
-    two = few | dict(epochs=2, n_train=64)
+    two = few | dict(epochs=2, n_train=16)
     want = weights(train_run(tmp_path/'whole', **two)[1])
     def work(n):
         try: block3_train.__wrapped__(**two, out=str(tmp_path/f'{n}'))
@@ -756,16 +756,25 @@ except KeyboardInterrupt: print(*Path(sys.argv[1]).parent.iterdir())
     assert not [*tmp_path.iterdir()]
 
 
+def hold(path, held):
+    "Have `path` locked, and a child that lives on"
+    os.setsid()
+    lock = locked(path)
+    lock.__enter__()
+    if not os.fork(): held.set()
+    time.sleep(60)
+
 def test_a_lock_goes_with_its_process(tmp_path):
     "And not with one that it has forked, as the worker of a loader, which may live longer"
-    code = 'import os, sys, time; from mnist_block3.run import locked; c = locked(sys.argv[1]); c.__enter__(); os.fork() and time.sleep(60); print(1, flush=True); time.sleep(60)'
     for path in (tmp_path, tmp_path/'c'):
-        with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, path], stdout=subprocess.PIPE, start_new_session=True) as p:
-            p.stdout.readline()
-            with pytest.raises(ValueError, match='is in use by another'), locked(path): pass
-            p.kill()
-            p.wait()
-            with locked(path): os.killpg(p.pid, signal.SIGKILL) # the child was alive
+        held = fork.Event()
+        p = fork.Process(target=hold, args=(path, held))
+        p.start()
+        assert held.wait(60)
+        with pytest.raises(ValueError, match='is in use by another'), locked(path): pass
+        p.kill()
+        p.join()
+        with locked(path): os.killpg(p.pid, signal.SIGKILL) # the child was alive
 
 
 def test_a_checkpoint_of_another_fit(tmp_path):

@@ -295,7 +295,7 @@ def alive(pid):
 @pytest.mark.parametrize('sig,code', [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_console_stopped_and_started_again(tmp_path, monkeypatch, sig, code):
     "Stopped in its second run, it leaves no process behind, and the next one does what is left"
-    args = '--seeds', '0,1', '--epochs', '1', '--n_train', '320', '--jobs', '1', '--threads', '1', '--out', 'here'
+    args = '--seeds', '0,1', '--epochs', '1', '--n_train', '320', '--valid', 'reference', '--jobs', '1', '--threads', '1', '--out', 'here'
     monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
     p = console(*args, cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     assert '2 runs, 0 of them done; 1 at once' in p.stdout.readline()
