@@ -41,11 +41,8 @@ test-slow: $(dev_env) ## Run what `make test` leaves out for its length
 	$(call nbdev,test) --flags slow
 	$(with_dev) python -m pytest -m 'slow and not cuda' $(ARGS)
 
-test-random: $(dev_env) ## Run the tests ten times, or N= times, each time in another order
-	for seed in $$(shuf -i 1-999999 -n $(or $(N),10)); do
-	  echo "== order $$seed"
-	  $(with_dev) OMP_NUM_THREADS=1 python -m pytest -n auto --random-order --random-order-seed=$$seed $(ARGS)
-	done
+test-random: $(dev_env) ## Run the tests, each time in another order, until they have passed ten times in a row, or N= times; it goes on where it was stopped
+	$(with_dev) OMP_NUM_THREADS=1 python tools/shuffled.py $(N)
 
 bench: $(bench_env) ## Measure speed against other ways, for a quarter of an hour or more; options in ARGS="--all --one-epoch"
 	@$(bench_bin)/python benchmarks/bench.py $(ARGS)
