@@ -92,7 +92,7 @@ def test_the_tuned_recipe(device):
 @pytest.mark.parametrize('compile', [False, True])
 def test_the_tuned_recipe_with_all_its_parts(device, compile):
     "The two paths draw other random numbers, so that only what is learnt can be compared"
-    a,b = (make(device, fast=o, model=Block3, n_train=1600, bs=32, compile=compile) for o in (True, False))
+    a,b = (make(device, fast=o, model=Block3, n_train=3200, compile=compile) for o in (True, False))
     for o in (a,b): o.fit_tuned(2)
     assert a.fast_epoch.engine != 'plain' and b.fast_epoch.engine == 'plain'
     la,lb = (np.mean([float(v) for v in o.recorder.losses[-20:]]) for o in (a,b))
@@ -151,7 +151,7 @@ def test_with_everything_on_accuracy_is_the_same_in_distribution(device, compile
     def accuracies(fast):
         out = []
         for seed in range(5):
-            learn = make(device, fast=fast, compile=compile, model=Block3, n_train=640, bs=16, seed=seed, aug_tfms=[CropRotate()])
+            learn = make(device, fast=fast, compile=compile, model=Block3, n_train=2560, seed=seed, aug_tfms=[CropRotate()])
             learn.fit(1, lr=0.1)
             assert (learn.fast_epoch.engine != 'plain') == fast
             out.append(history(learn).valid_accuracy.iloc[-1])
