@@ -11,7 +11,7 @@ proc,docs = root/'_proc',root/'_docs'
 
 
 def number_free(name):
-    "The page name that nbdev's links have: `00_data` is the page `data`"
+    "The page name that nbdev's links have: `04_data` is the page `data`"
     return re.sub(r'^\d+_', '', name)
 
 
