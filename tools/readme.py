@@ -36,7 +36,7 @@ def show_code_cell(cell, pictures):
 
 
 def link_from_root(text):
-    "Make links relative to the root; each `.qmd` page includes a file of the root, so link to that file"
+    "Make links relative to the root; a `.qmd` page that the index names includes a file of the root"
     text = re.sub(r'\]\((?=[\w/]+\.ipynb\))', '](nbs/', text)
     return re.sub(r'\]\((\w+)\.qmd\)', lambda m: f']({m[1].upper()}.md)', text)
 
