@@ -70,14 +70,18 @@ $(VENV)/bin/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check uv
 
+# $(1) is this project with its extra requirements
+define install
+@echo "Installing PyTorch, fastai and what they need into $(VENV) (some minutes, several GB) …"
+$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --compile-bytecode -e '$(1)'
+touch $@ $(VENV)/.run
+endef
+
 $(VENV)/.run: $(VENV)/bin/uv settings.ini setup.py pyproject.toml
-	$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --compile-bytecode -e .
-	touch $@
+	$(call install,.)
 
 $(VENV)/.dev: $(VENV)/bin/uv settings.ini setup.py pyproject.toml
-	$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --compile-bytecode -e '.[dev]'
-	touch $@ $(VENV)/.run
+	$(call install,.[dev])
 
 $(VENV)/.bench: $(VENV)/bin/uv settings.ini setup.py pyproject.toml
-	$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --compile-bytecode -e '.[bench]'
-	touch $@ $(VENV)/.run
+	$(call install,.[bench])

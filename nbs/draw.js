@@ -61,7 +61,7 @@ function predict(grey) {
   return powers.map(v => v/sum)
 }
 
-// What follows is `mnist_form` of mnist_block3/data.py, for grey values: the tests compare the two
+// What follows is the library's `mnist_form` for grey values: the tests compare the two
 
 const median = values => {
   const sorted = Array.from(values).sort((a, b) => a - b), n = sorted.length

@@ -60,8 +60,10 @@ def once(tmp_path_factory):
 @pytest.fixture(scope='session')
 def built(once):
     "The folder of the site, built from the notebooks"
-    root,env = Path(__file__).resolve().parent.parent,os.environ | {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
-    once('site', lambda _: subprocess.run([sys.executable, 'tools/docs.py'], cwd=root, env=env, check=True, capture_output=True))
+    root = Path(__file__).resolve().parent.parent
+    env = os.environ | {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    build = [sys.executable, 'tools/docs.py']
+    once('site', lambda _: subprocess.run(build, cwd=root, env=env, check=True, capture_output=True))
     return root/'_docs'
 
 
@@ -79,14 +81,30 @@ def site(built):
 @pytest.fixture(scope='session')
 def browser(tmp_path_factory):
     "Chromium without a window, which logs what goes wrong on a page"
-    chromium,driver = (shutil.which(o) for o in ('chromium', 'chromedriver'))
+    chromium, driver = shutil.which('chromium'), shutil.which('chromedriver')
     if not (chromium and driver): pytest.skip('needs chromium and chromedriver')
     from selenium import webdriver
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for o in ('headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-background-networking', 'disable-component-update',
-              'disable-sync', f'user-data-dir={tmp_path_factory.mktemp("chromium")}', 'window-size=1200,900'): options.add_argument(f'--{o}')
+    flags = ['headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-sync',
+             'disable-background-networking', 'disable-component-update', 'window-size=1200,900',
+             f'user-data-dir={tmp_path_factory.mktemp("chromium")}']
+    for flag in flags: options.add_argument(f'--{flag}')
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    b = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield b
-    b.quit()
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def screen(browser):
+    "A function that sets the size of the browser's screen and its colours until the test ends"
+    def screen(width, height, mode='light'):
+        phone = width < 600
+        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        colours = dict(name='prefers-color-scheme', value=mode)
+        browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)
+        browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[colours]))
+    yield screen
+    browser.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', {})
