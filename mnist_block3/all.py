@@ -5,17 +5,25 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/16_all.ipynb #80823290
-from fastai.vision.all import *
+# %% ../nbs/16_all.ipynb #9c8874d6
+import warnings
+with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai calls it as it is imported
+    from fastai.vision.all import *
+
+# %% ../nbs/16_all.ipynb #67489a0a
+from .basics import *
+from .settings import *
 from .data import *
 from .model import *
-from .learner import *
 from .fast import FastEpoch
+from .learner import *
 from .evaluate import *
+from .checkpoint import *
 from .run import *
 from .sweep import *
 from .predict import *
 
-# %% ../nbs/16_all.ipynb #ef8abf3c
-def _public(names): return [o for o in names if not o.startswith('_')]
+# %% ../nbs/16_all.ipynb #b1864c3f
+def _public(names): return [name for name in names if not name.startswith('_')]
 __all__ = _public(globals())
