@@ -6,8 +6,9 @@
 __all__ = ['random_state', 'set_random_state', 'fit_state', 'set_fit_state', 'fit_key', 'checkpoint_bytes', 'read_checkpoint',
            'Checkpoint']
 
-# %% ../nbs/10_checkpoint.ipynb #2ffc16ce
+# %% ../nbs/10_checkpoint.ipynb #5cb9116e
 import hashlib, json, random
+from numbers import Number
 from pathlib import Path
 import numpy as np
 import torch
@@ -87,18 +88,19 @@ def _set_opt_state(opt, state):
     else: state['state'] = {int(k): v for k,v in state['state'].items()} # JSON made strings of the keys
     opt.load_state_dict(state)
 
-# %% ../nbs/10_checkpoint.ipynb #079f14be
+# %% ../nbs/10_checkpoint.ipynb #e1d76cf8
 def fit_key(
     learn:Learner, # In a fit, before its first step
 ) -> dict: # Numbers, strings and lists by name
     "What has to be the same for a fit to be resumed"
     dl = learn.dls.train
     opt = getattr(learn.opt, 'opt', learn.opt)
-    hypers = [{k: v for k,v in h.items() if isinstance(v, (bool, int, float))} for h in learn.opt.hypers]
+    hypers = [{k: float(v) for k,v in h.items() if isinstance(v, Number)} for h in learn.opt.hypers]
     shapes = {k: list(v.shape) for k,v in get_model(learn.model).state_dict().items()}
-    key = dict(epochs=learn.n_epoch, images=len(dl.dataset), batch_size=dl.bs, optimizer=type(opt).__name__, rates=hypers,
-               schedules=[sorted(cb.scheds) for cb in _schedulers(learn)], shapes=shapes)
-    return json.loads(json.dumps(key))
+    def sample(f): return [np.asarray(f(pct), float).tolist() for pct in (0, 0.3, 0.6, 0.9)]
+    schedules = [{name: sample(f) for name,f in cb.scheds.items()} for cb in _schedulers(learn)]
+    return dict(epochs=learn.n_epoch, images=len(dl.dataset), batch_size=dl.bs, optimizer=type(opt).__name__,
+                rates=hypers, schedules=schedules, shapes=shapes)
 
 # %% ../nbs/10_checkpoint.ipynb #ed4487fb
 def checkpoint_bytes(
