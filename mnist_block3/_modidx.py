@@ -279,6 +279,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mnist_block3.run.EpochLines.line': ('run.html#epochlines.line', 'mnist_block3/run.py'),
                                   'mnist_block3.run.EpochLines.write': ('run.html#epochlines.write', 'mnist_block3/run.py'),
                                   'mnist_block3.run.JudgeAlso': ('run.html#judgealso', 'mnist_block3/run.py'),
+                                  'mnist_block3.run.JudgeAlso.__init__': ('run.html#judgealso.__init__', 'mnist_block3/run.py'),
                                   'mnist_block3.run.JudgeAlso.after_epoch': ('run.html#judgealso.after_epoch', 'mnist_block3/run.py'),
                                   'mnist_block3.run.JudgeAlso.before_fit': ('run.html#judgealso.before_fit', 'mnist_block3/run.py'),
                                   'mnist_block3.run.JudgeAlso.before_train': ('run.html#judgealso.before_train', 'mnist_block3/run.py'),

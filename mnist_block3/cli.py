@@ -177,7 +177,7 @@ def block3_train(
     print(f'\n{_report(learn, read_settings(folder)["settings"])}')
     print(f'\n{", ".join(run_files)} are in {folder}')
 
-# %% ../nbs/14_cli.ipynb #a7f0b27b
+# %% ../nbs/14_cli.ipynb #c1c1955f
 @command
 @delegates(run_settings, but=['recipe', 'seed'])
 def block3_sweep(
@@ -195,9 +195,10 @@ def block3_sweep(
     "Train many times, and keep the results in tables; interrupt it and run it again as you like"
     names = recipes.split(',')
     grids = parse_settings(settings, names)
+    seeds = parse_seeds(seeds)
 
     from mnist_block3.sweep import run_name, sweep, sweep_grid
-    runs = sweep_grid(names, parse_seeds(seeds), grids, **kwargs)
+    runs = sweep_grid(names, seeds, grids, **kwargs)
     try: study = sweep(runs, out, jobs, threads, retries, ray, address, shlex.join(['block3_sweep', *sys.argv[1:]]))
     except KeyboardInterrupt as e:
         e.add_note('run the same command again to resume')

@@ -6,7 +6,7 @@
 __all__ = ['run_files', 'default_run_dir', 'new_run_dir', 'code_hash', 'run_environment', 'run_results', 'save_run', 'EpochLines',
            'JudgeAlso', 'train_run', 'read_settings', 'resume_run']
 
-# %% ../nbs/11_run.ipynb #210aae09
+# %% ../nbs/11_run.ipynb #3188c542
 import hashlib, io, json, math, os, platform, tempfile
 from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
@@ -14,6 +14,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 from safetensors.torch import save
 
@@ -77,18 +78,18 @@ def run_environment(
                    processes=max(1, num_distrib()), cores=os.cpu_count(), platform=platform.platform())
     return dict(versions=versions, machine=machine)
 
-# %% ../nbs/11_run.ipynb #c78b9b53
+# %% ../nbs/11_run.ipynb #93448f65
 def run_results(
-    history, # `DataFrame`, from `history`
+    rows:pd.DataFrame, # From `history`
 ) -> dict: # Accuracies in 0–1, time in seconds
     "The last epoch and the best one"
-    last = history.iloc[-1]
-    best = history.loc[history.valid_accuracy.idxmax()]
+    last = rows.iloc[-1]
+    best = rows.loc[rows.valid_accuracy.idxmax()]
     correct = int(last.correct)
     total = int(last.total)
     loss = float(last.valid_loss) if math.isfinite(last.valid_loss) else None
     return dict(accuracy=correct/total, loss=loss, correct=correct, total=total, best_epoch=int(best.epoch),
-                best_accuracy=int(best.correct)/total, train_seconds=float(history.seconds.sum()))
+                best_accuracy=int(best.correct)/total, train_seconds=float(rows.seconds.sum()))
 
 # %% ../nbs/11_run.ipynb #3f7086c1
 def save_run(
@@ -132,14 +133,15 @@ class EpochLines(Callback):
         if mbar: mbar.write(line)
         else: print(line, flush=True)
 
-# %% ../nbs/11_run.ipynb #1b098b5d
+# %% ../nbs/11_run.ipynb #613aeef7
 class JudgeAlso(Callback):
-    "Evaluate each epoch by the `reference` protocol too: on the training images, transformed as in training"
+    "Evaluate each epoch by the `reference` protocol too: on the training images, augmented by their loader"
     order = 60
-    def before_fit(self):
-        self.trained = False
-        self.judged_dl = self.dls.train.new(shuffle=False, drop_last=False)
+    def __init__(self,
+        dl, # Training loader; what `fit_tuned` later does to its transforms does not count
+    ): self.judged_dl = dl.new(shuffle=False, drop_last=False)
 
+    def before_fit(self): self.trained = False
     def before_train(self): self.trained = True
 
     def after_epoch(self):
@@ -169,7 +171,7 @@ def _from_first(f):
     torch.distributed.broadcast_object_list(path)
     return Path(path[0])
 
-# %% ../nbs/11_run.ipynb #19c3c139
+# %% ../nbs/11_run.ipynb #25f7a2e1
 def _learner(run):
     "A learner as the settings `run` have it"
     set_seed(run['seed'])
@@ -184,7 +186,7 @@ def _recipe(run): return {k: run[k] for k in recipe_settings(run['recipe'])}
 def _fit(learn, run, checkpoint, bar):
     "Do what is left of the fit"
     cbs = [checkpoint]
-    if run['also_reference']: cbs.append(JudgeAlso())
+    if run['also_reference']: cbs.append(JudgeAlso(learn.dls.train))
     if not rank_distrib(): cbs.append(EpochLines(run['valid']))
     spread = learn.distrib_ctx() if num_distrib() > 1 else nullcontext()
     with spread, nullcontext() if bar else learn.no_bar(), learn.no_logging():

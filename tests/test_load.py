@@ -11,34 +11,24 @@ def counts():
     gc.collect()
     ctypes.CDLL('libc.so.6').malloc_trim(0) # what is free is given back, so that it is not counted
     mb = int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
-    n_tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-    return mb,len(os.listdir('/proc/self/fd')),threading.active_count(),n_tensors
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs malloc_trim')
-@pytest.mark.parametrize('recipe', ['fit', 'fit_tuned'])
-def test_two_hundred_fits(recipe):
-    "After 40 of them memory grows by less than 4 MiB, and nothing else does"
-    dls,learn,after = mnist_dls(valid='reference', n_train=16, bs=8, device='cpu'),None,{}
-    for i in range(200):
-        if i % 20 == 0: learn = block3_learner(dls)
-        with learn.no_bar(), learn.no_logging(): getattr(learn, recipe)(1)
-        if i in (39, 199): after[i] = counts()
-    (mb,*before),(mb_now,*now) = after.values()
-    assert now == before and mb_now - mb < 4, after
+    n_tensors = sum(issubclass(type(obj), torch.Tensor) for obj in gc.get_objects())
+    return mb, len(os.listdir('/proc/self/fd')), threading.active_count(), n_tensors
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs malloc_trim')
-def test_two_hundred_compiled_fits(small_dls):
-    "One graph is compiled, once"
+@pytest.mark.parametrize('recipe,compiled', [('fit', False), ('fit_tuned', False), ('fit', True)])
+def test_two_hundred_fits(recipe, compiled):
+    "After 40 of them memory grows by less than 4 MiB, and nothing else does"
     from torch._dynamo.utils import counters
-    learn,after = block3_learner(small_dls),{}
-    learn.fast_epoch.use_compile,learn.fast_epoch.min_steps = True,0
+    dls = mnist_dls(valid='reference', n_train=16, bs=8, device='cpu')
+    after = {}
     for i in range(200):
-        with learn.no_bar(), learn.no_logging(): learn.fit(1)
-        assert learn.fast_epoch.engine == 'compiled'
-        if i in (39, 199): after[i] = (*counts(), counters['stats']['unique_graphs'])
+        if i == 0 or i % 20 == 0 and not compiled: learn = block3_learner(dls)
+        if compiled: learn.fast_epoch.min_steps = 0
+        with learn.no_bar(), learn.no_logging(): getattr(learn, recipe)(1)
+        assert learn.fast_epoch.engine == ('compiled' if compiled else 'plain')
+        if i in (39, 199): after[i] = *counts(), counters['stats']['unique_graphs']
     (mb,*before),(mb_now,*now) = after.values()
     assert now == before and mb_now - mb < 4, after
 
@@ -46,8 +36,8 @@ def test_two_hundred_compiled_fits(small_dls):
 @pytest.mark.slow
 def test_eight_trainings_at_once(tmp_path):
     "With one compile cache, empty at first: all finish, with the weights of one that was alone"
-    code = 'from mnist_block3 import fast; fast.compile_steps = 0; from mnist_block3.all import train_run; import sys; '\
-           'print(train_run(sys.argv[1], epochs=2, n_train=640, valid="reference", device="cpu")[0].fast_epoch.engine)'
+    code = ('from mnist_block3 import fast; fast.compile_steps = 0; from mnist_block3.all import train_run; import sys; '
+            'print(train_run(sys.argv[1], epochs=2, n_train=640, valid="reference", device="cpu")[0].fast_epoch.engine)')
     env = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path/'cache'), OMP_NUM_THREADS='1')
     def begin(name): return subprocess.Popen([sys.executable, '-c', code, tmp_path/name], env=env, stdout=subprocess.PIPE, text=True)
     def end(p):
