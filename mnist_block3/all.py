@@ -7,6 +7,10 @@ __all__ = []
 
 # %% ../nbs/16_all.ipynb #80823290
 from fastai.vision.all import *
+from .basics import *
+from .settings import *
+from .picture import *
+from .augment import *
 from .data import *
 from .model import *
 from .learner import *
