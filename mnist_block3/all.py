@@ -11,9 +11,11 @@ with warnings.catch_warnings():
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai calls it as it is imported
     from fastai.vision.all import *
 
-# %% ../nbs/16_all.ipynb #67489a0a
+# %% ../nbs/16_all.ipynb #54345c20
 from .basics import *
 from .settings import *
+from .picture import *
+from .augment import *
 from .data import *
 from .model import *
 from .fast import FastEpoch

@@ -263,12 +263,12 @@ def test_promises_too_large(tmp_path):
 
 @pytest.mark.parametrize('n', [10, 1_000_000])
 def test_gzip_bomb(tmp_path, n):
-    "784 MB of zeros in 0.8 MB, after a header that promises them or that does not"
+    "157 MB of zeros in 0.2 MB, after a header that promises more than that or 10 images"
     pack,parts = zlib.compressobj(1, wbits=31),[]
     parts.append(pack.compress(idx(np.zeros(0, np.uint8), (n,28,28))))
-    parts += [pack.compress(bytes(784*10_000)) for _ in range(100)]
+    parts += [pack.compress(bytes(784*10_000)) for _ in range(20)]
     (tmp_path/'bomb').write_bytes(b''.join(parts) + pack.flush())
-    with little_memory(50), pytest.raises(ValueError, match='but has more' if n == 10 else 'more than a file of its size'): read_idx(tmp_path/'bomb', (28,28))
+    with little_memory(50), pytest.raises(ValueError, match='but has more' if n == 10 else 'more than 100 times its size'): read_idx(tmp_path/'bomb', (28,28))
 
 
 def huge_png(side):
@@ -290,13 +290,13 @@ def test_huge_picture(tmp_path, side):
 @pytest.mark.parametrize('mode', ['1', 'P', 'I;16', 'LA', 'CMYK', 'L', 'RGBA'])
 def test_large_picture(tmp_path, mode):
     "It is scaled down before it is looked at, whatever its mode, and takes at most 16 bytes a pixel"
-    im = Image.new('L', (5000,5000), 0)
-    im.paste(255, (2000,1000,2500,4000))
+    im = Image.new('L', (3000,3000), 0)
+    im.paste(255, (1200,600,1500,2400))
     im = im.convert('I').convert('I;16') if mode == 'I;16' else im.convert(mode)
     im.save(tmp_path/'a.tif', compression='tiff_lzw')
     small = Image.new('L', (1000,1000), 0)
     small.paste(255, (400,200,500,800))
-    with little_memory(16*25_000_000/2**20 + 20): form = mnist_form(tmp_path/'a.tif')
+    with little_memory(16*9_000_000/2**20 + 20): form = mnist_form(tmp_path/'a.tif')
     assert np.abs(form.astype(int) - mnist_form(small)).max() <= 24
 
 
@@ -307,10 +307,9 @@ def tiled_tiff(side):
     return b'II*\0' + struct.pack('<IH', 8, n) + b''.join(struct.pack('<HHII', k, 4, 1, v) for k,v in tags) + bytes(4) + body
 
 
-@pytest.mark.parametrize('side', [2048, 20_000])
-def test_huge_tile(tmp_path, side):
-    (tmp_path/'a.tif').write_bytes(tiled_tiff(side))
-    with little_memory(20), pytest.raises(ValueError, match=f'its tiles have {side}×{side} pixels, it has 28×28'): mnist_form(tmp_path/'a.tif')
+def test_huge_tile(tmp_path):
+    (tmp_path/'a.tif').write_bytes(tiled_tiff(8000))
+    with little_memory(20), pytest.raises(ValueError, match='its tiles have 8000×8000 pixels, it has 28×28'): mnist_form(tmp_path/'a.tif')
     (tmp_path/'b.tif').write_bytes(tiled_tiff(256))
     with pytest.raises(ValueError, match='it is blank'): mnist_form(tmp_path/'b.tif')
 
