@@ -250,6 +250,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mnist_block3.model': { 'mnist_block3.model.Block3': ('model.html#block3', 'mnist_block3/model.py'),
                                     'mnist_block3.model.Block3.__init__': ('model.html#block3.__init__', 'mnist_block3/model.py'),
                                     'mnist_block3.model.Block3.forward': ('model.html#block3.forward', 'mnist_block3/model.py'),
+                                    'mnist_block3.model._param_lines': ('model.html#_param_lines', 'mnist_block3/model.py'),
+                                    'mnist_block3.model._size_lines': ('model.html#_size_lines', 'mnist_block3/model.py'),
                                     'mnist_block3.model.block3_summary': ('model.html#block3_summary', 'mnist_block3/model.py'),
                                     'mnist_block3.model.layer_table': ('model.html#layer_table', 'mnist_block3/model.py'),
                                     'mnist_block3.model.unit': ('model.html#unit', 'mnist_block3/model.py')},
