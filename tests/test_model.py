@@ -1,4 +1,4 @@
-"The network against the user's document, against the layers written out, and the trained weights against the study"
+"The network against the user's document and the layers written out; its trained weights against the study"
 import re
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
@@ -31,8 +31,9 @@ def test_forward_is_the_network_written_out():
 
 
 def test_blocks_are_named_as_in_the_document():
-    names = 'input_block transition1 conv_block2 pool conv_block3 transition2 conv_block4 conv_block5 conv_block6 avg_pool head'
-    assert [name for name,_ in Block3().named_children()] == names.split()
+    names = [name for name,_ in Block3().named_children()]
+    assert names == ['input_block', 'transition1', 'conv_block2', 'pool', 'conv_block3', 'transition2',
+                     'conv_block4', 'conv_block5', 'conv_block6', 'avg_pool', 'head']
     assert {m.p for m in Block3().modules() if isinstance(m, torch.nn.Dropout2d)} == {0.01}
 
 
@@ -43,7 +44,8 @@ def test_trained_weights_are_those_of_the_studys_seed_0(mnist):
     run = study.read().set_index('run').loc[name]
     test = mnist[1]
     model = Block3(pretrained=True).eval()
-    with torch.no_grad(): logp = torch.cat([model((x[:,None]/255 - 0.1307)/0.3081) for x in test.images.split(500)])
+    images = (test.images[:,None]/255 - 0.1307)/0.3081
+    with torch.no_grad(): logp = torch.cat([model(xb) for xb in images.split(500)])
     wrong = set((logp.argmax(1) != test.labels).nonzero()[:,0].tolist())
     recorded = study.read('mistakes').query('run == @name')['index']
     assert (run.valid, run.total) == ('test', 10_000)
