@@ -7,13 +7,12 @@ __all__ = ['weights_path', 'unit', 'Block3', 'layer_table', 'block3_summary']
 
 # %% ../nbs/05_model.ipynb #188426dc
 import math
-from importlib.resources import files
-from pathlib import Path
-import pandas as pd
+from copy import deepcopy
 import torch
 from torch import nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from .basics import package_path
 
 # %% ../nbs/05_model.ipynb #e277c074
 def unit(
@@ -24,16 +23,17 @@ def unit(
     drop:float=0.01, # Probability that a whole channel is dropped
 ) -> nn.Sequential: # (N, ni, H, W) to (N, nf, H', W')
     "Convolution, ReLU, BatchNorm, Dropout2d"
-    return nn.Sequential(nn.Conv2d(ni, nf, ks, padding=padding, bias=False), nn.ReLU(), nn.BatchNorm2d(nf), nn.Dropout2d(drop))
+    conv = nn.Conv2d(ni, nf, ks, padding=padding, bias=False)
+    return nn.Sequential(conv, nn.ReLU(), nn.BatchNorm2d(nf), nn.Dropout2d(drop))
 
 # %% ../nbs/05_model.ipynb #4338f019
-weights_path = Path(str(files('mnist_block3')/'block3.safetensors'))
+weights_path = package_path/'block3.safetensors'
 
 # %% ../nbs/05_model.ipynb #d1b7d39a
 class Block3(nn.Module):
     "Log-probabilities (N, 10) for normalised images (N, 1, 28, 28)"
     def __init__(self,
-        pretrained:bool=False, # Begin with the trained weights of the package
+        pretrained:bool=False, # Start with the trained weights of the package
         drop:float=0.01, # Dropout probability of each unit
     ):
         super().__init__()
@@ -57,17 +57,19 @@ class Block3(nn.Module):
 # %% ../nbs/05_model.ipynb #ab0b3cca
 @torch.no_grad()
 def layer_table(
-    model:nn.Module, # Any module; it is left as it was
+    model:nn.Module, # Any module
     size:tuple=(1,28,28), # Shape of one input, without the batch
-) -> pd.DataFrame: # A row a leaf layer, in the order of the forward pass: `layer`, `output_shape`, `n_params`
-    "Output shape and parameters of every layer of `model`"
-    rows,training = [],model.training
-    def note(m, _, out): rows.append((type(m).__name__, tuple(out.shape[1:]), sum(p.numel() for p in m.parameters())))
-    hooks = [m.register_forward_hook(note) for m in model.modules() if not list(m.children())]
-    try: model.eval()(next(model.parameters()).new_zeros(1, *size))
-    finally:
-        for h in hooks: h.remove()
-        model.train(training)
+):
+    "A `DataFrame` with a row a layer, in the order of the forward pass: `layer`, `output_shape`, `n_params`"
+    import pandas as pd # imported here, since reading a digit needs no pandas and should start at once
+    rows = []
+    def add_row(layer, _, out):
+        n_params = sum(p.numel() for p in layer.parameters())
+        rows.append((type(layer).__name__, tuple(out.shape[1:]), n_params))
+    twin = deepcopy(model).eval()
+    for m in twin.modules():
+        if not list(m.children()): m.register_forward_hook(add_row)
+    twin(next(twin.parameters()).new_zeros(1, *size))
     return pd.DataFrame(rows, columns=['layer', 'output_shape', 'n_params'])
 
 # %% ../nbs/05_model.ipynb #4177af1c
@@ -76,14 +78,27 @@ def block3_summary(
     size:tuple=(1,28,28), # Shape of one input, without the batch
 ):
     "Print a table as torchsummary's: layers, output shapes, parameters, sizes in MB"
-    model = Block3() if model is None else model
-    table,mb = layer_table(model, size),4/2**20
+    if model is None: model = Block3()
+    table = layer_table(model, size)
+    print('-'*64, f'{"Layer (type)":>20} {"Output Shape":>25} {"Param #":>15}', '='*64, sep='\n')
+    for i,row in enumerate(table.itertuples(), 1):
+        shape = str([-1, *row.output_shape])
+        print(f'{f"{row.layer}-{i}":>20} {shape:>25} {row.n_params:>15,}')
+    print('='*64, *_param_lines(model), '-'*64, *_size_lines(model, table, size), '-'*64, sep='\n')
+
+def _param_lines(model):
     n_params = sum(p.numel() for p in model.parameters())
-    n_fixed = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    mb_in,mb_out,mb_params = mb*math.prod(size),mb*2*sum(map(math.prod, table.output_shape)),mb*n_params
-    rule,double = '-'*64,'='*64
-    print(rule, f'{"Layer (type)":>20} {"Output Shape":>25} {"Param #":>15}', double, sep='\n')
-    for i,(layer,shape,n) in enumerate(table.itertuples(index=False), 1): print(f'{f"{layer}-{i}":>20} {str([-1, *shape]):>25} {n:>15,}')
-    print(double, f'Total params: {n_params:,}', f'Trainable params: {n_params-n_fixed:,}', f'Non-trainable params: {n_fixed:,}', sep='\n')
-    print(rule, f'Input size (MB): {mb_in:.2f}', f'Forward/backward pass size (MB): {mb_out:.2f}',
-          f'Params size (MB): {mb_params:.2f}', f'Estimated Total Size (MB): {mb_in+mb_out+mb_params:.2f}', rule, sep='\n')
+    n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return [f'Total params: {n_params:,}',
+            f'Trainable params: {n_trainable:,}',
+            f'Non-trainable params: {n_params - n_trainable:,}']
+
+def _size_lines(model, table, size):
+    mb = 4/2**20 # of one number
+    mb_in = mb*math.prod(size)
+    mb_out = mb*2*sum(math.prod(shape) for shape in table.output_shape)
+    mb_params = mb*sum(p.numel() for p in model.parameters())
+    return [f'Input size (MB): {mb_in:.2f}',
+            f'Forward/backward pass size (MB): {mb_out:.2f}',
+            f'Params size (MB): {mb_params:.2f}',
+            f'Estimated Total Size (MB): {mb_in + mb_out + mb_params:.2f}']

@@ -6,87 +6,110 @@
 __all__ = ['sweep_grid', 'run_name', 'run_label', 'run_alone', 'Study', 'add_run', 'add_failure', 'sweep']
 
 # %% ../nbs/12_sweep.ipynb #026167b5
-import hashlib, io, itertools, json, math, os, re, subprocess, sys, tempfile, threading, time
+import hashlib, io, itertools, json, math, os, re, subprocess, sys, tempfile, threading
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from numbers import Number
 from pathlib import Path
+from statistics import mean
 import pandas as pd
 import torch
-from pandas.api.types import is_integer_dtype
-from .data import _check_count, get_device, mnist_path
+from fastcore.basics import patch
+from .basics import check_count, locked, package_path, write_whole
+from .data import get_device
 from .evaluate import mistakes
-from .run import locked, recipe_settings, run_settings, train_run, write_whole
+from .run import train_run
+from .settings import recipe_settings, run_settings
 
 # %% ../nbs/12_sweep.ipynb #0f759582
 def sweep_grid(
     recipes=('reference',), # Names of recipes
     seeds=range(5), # Seeds
-    settings:dict|list=None, # Values to try, by the name of a setting: `{'lr': [0.01, 0.02]}`; or a list of such
+    settings:dict|list=None, # Values to try by setting, `{'lr': [0.01, 0.02]}`; or a list of such grids
     **kwargs # More for `run_settings`, the same in all runs
 ) -> list[dict]: # From `run_settings`
     "All combinations of seeds, recipes and settings"
     grids = settings if isinstance(settings, list) else [settings or {}]
-    chosen = [dict(zip(grid, o)) for grid in grids for o in itertools.product(*grid.values())]
-    return [run_settings(recipe=recipe, seed=seed, **kwargs | o)
-            for seed in seeds for recipe in recipes for o in chosen]
+    choices = [dict(zip(grid, values)) for grid in grids for values in itertools.product(*grid.values())]
+    return [run_settings(recipe=recipe, seed=seed, **kwargs | choice)
+            for seed in seeds for recipe in recipes for choice in choices]
 
 # %% ../nbs/12_sweep.ipynb #25910220
 _named = 'recipe','seed','epochs','valid','bs','n_train','source','bf16','fast'
+
+def _name_value(v):
+    "A setting as the name has it: the same for `run_settings` and for a row of a table"
+    if v is None or v != v: return None # an empty cell of a table is NaN
+    return float(v) if isinstance(v, Number) else str(v)
 
 def run_name(
     run:dict, # From `run_settings`, or a row of `study.csv`
 ) -> str: # Eight hexadecimal digits
     "The name of a run, made from its settings"
-    plain = lambda v: None if v is None or v != v else float(v) if isinstance(v, Number) else str(v)
-    values = [plain(run[k]) for k in (*_named, *recipe_settings(run['recipe']))] + ['reproducible']*(run.get('reproducible') in (True, 'True'))
+    values = [_name_value(run[k]) for k in (*_named, *recipe_settings(run['recipe']))]
+    if run.get('reproducible') in (True, 'True'): values.append('reproducible')
     return hashlib.sha1(json.dumps(values).encode()).hexdigest()[:8]
 
+# %% ../nbs/12_sweep.ipynb #3ef35a87
 def run_label(
     run:dict, # From `run_settings`, or a row of `study.csv`
 ) -> str: # For people
-    "Recipe, seed, and the settings that are not the recipe's own"
+    "Recipe, seed, and the settings that differ from the recipe's own"
     changed = [f'{k} {run[k]}' for k,v in recipe_settings(run['recipe']).items() if run[k] != v]
     return ', '.join([f'{run["recipe"]} seed {run["seed"]}', *changed])
 
 # %% ../nbs/12_sweep.ipynb #287ebabb
-def _leave_with(parent):
-    "End this process soon after `parent` has ended"
-    while os.getppid() == parent: time.sleep(1)
+def _exit_with_parent():
+    "End this process when the pipe to its parent closes"
+    os.read(0, 1)
     os._exit(1)
 
 def _child():
     "Do the run that the command line describes"
-    run,folder,parent = json.loads(sys.argv[1]),Path(sys.argv[2]),int(sys.argv[3])
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    run = json.loads(sys.argv[1])
+    folder = Path(sys.argv[2])
     learn,_ = train_run(**run, out=folder)
-    if run['valid'] == 'reference': return # whose images are transformed anew each time
+    if run['valid'] == 'reference': return # its images are augmented anew each time
     with learn.no_bar(), learn.no_logging(): wrong = mistakes(learn)
     write_whole(folder/'mistakes.csv', wrong.sort_values('index').round(4).to_csv(index=False).encode())
 
-# %% ../nbs/12_sweep.ipynb #3af09291
-def _reason(err, code):
-    "What a process that ended with `code` said last"
-    named = [o for o in err.splitlines() if re.match(r'[\w.]*(Error|Exception|Interrupt)\b', o)]
-    return named[-1] if named and code > 0 else f'killed by signal {-code}' if code < 0 else f'ended with status {code}'
+def _start(run, folder, threads, stderr):
+    "Start a process that does `run`"
+    code = 'from mnist_block3.sweep import _child; _child()'
+    args = [sys.executable, '-P', '-W', 'ignore', '-c', code, json.dumps(run), str(folder)]
+    # PYTHONPATH and -P: import this package, and no module that happens to lie in the current folder
+    env = os.environ | {'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': str(package_path.parent)}
+    return subprocess.Popen(args, env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr)
 
+# %% ../nbs/12_sweep.ipynb #e1cc7b24
+def _reason(text, status):
+    "Why a process ended with the exit status `status`, from what it wrote to stderr"
+    if status < 0: return f'killed by signal {-status}'
+    errors = [line for line in text.splitlines() if re.match(r'[\w.]*(Error|Exception|Interrupt)\b', line)]
+    return errors[-1] if errors else f'ended with status {status}'
+
+# %% ../nbs/12_sweep.ipynb #3af09291
 def run_alone(
     run:dict, # From `run_settings`
     threads:int=1, # Threads of torch
-    started=None, # Called with the `Popen` of the process
+    stop:threading.Event=None, # Set it to end the process
 ) -> dict: # Contents of the files of the run, by name
-    "Do a run in a process of its own; raises `RuntimeError` with its error where it fails"
-    with tempfile.TemporaryDirectory() as d:
-        # this package, and no module that happens to lie in the current folder
-        env = os.environ | {'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': str(mnist_path.parent.parent)}
-        args = [sys.executable, '-P', '-W', 'ignore', '-c', 'from mnist_block3.sweep import _child; _child()']
-        p = subprocess.Popen([*args, json.dumps(run), f'{d}/run', str(os.getpid())], env=env, stdin=subprocess.DEVNULL,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors='replace')
-        if started: started(p)
-        err = p.communicate()[1]
-        if p.returncode: raise RuntimeError(_reason(err, p.returncode))
-        return {o.name: o.read_bytes() for o in Path(d, 'run').iterdir()}
+    "Do a run in its own process; raises `RuntimeError` with its error where it fails"
+    if stop is None: stop = threading.Event()
+    with tempfile.TemporaryDirectory() as d, tempfile.TemporaryFile() as stderr:
+        folder = Path(d)/'run'
+        with _start(run, folder, threads, stderr) as p:
+            while p.poll() is None:
+                if stop.wait(timeout=0.2):
+                    p.terminate()
+                    p.wait()
+        stderr.seek(0)
+        if p.returncode: raise RuntimeError(_reason(stderr.read().decode(errors='replace'), p.returncode))
+        return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith('.')}
 
 # %% ../nbs/12_sweep.ipynb #3fa4ef43
 def _read_csv(file):
@@ -102,76 +125,86 @@ class Study:
     def read(self,
         name:str='study', # 'study', 'epochs', 'mistakes' or 'failures'
     ) -> pd.DataFrame: # Empty where there is no such file yet
-        "A table; raises `ValueError` where the file is none"
+        "A table; raises `ValueError` where the file is not one"
         path = self.folder/f'{name}.csv'
-        df = pd.DataFrame(columns=['run'])
-        if path.exists():
-            try: df = _read_csv(path)
-            except (ValueError, OverflowError) as e: raise ValueError(f'{path} cannot be read: {e}') from e
-            if not {'run','recipe','seed'} <= set(df): raise ValueError(f'{path} is no table of a sweep: it has no run, recipe and seed')
-            if len(df) and not (is_integer_dtype(df.seed) and df.seed.between(0, 2**32-1).all()): raise ValueError(f'{path} has a seed that is none')
-        return df[~df.run.isin(self.done)] if name == 'failures' else df
+        needed = ['run','recipe','seed']
+        if not path.exists(): return pd.DataFrame(columns=needed)
+        try: table = _read_csv(path)
+        except (ValueError, OverflowError) as e: raise ValueError(f'{path} cannot be read: {e}') from e
+        if set(needed) <= set(table): return table
+        raise ValueError(f'{path} is no table of a sweep: it has no {", ".join(needed)}')
 
     @property
     def done(self): return set(self.read().run)
 
-    def has(self,
-        run:dict, # From `run_settings`
-    ) -> bool: # Also judged as the reference judged itself, where it asks for that
-        "Whether the run is done"
-        df = self.read()
-        row = df[df.run == run_name(run)]
-        return len(row) > 0 and (not run['also_reference'] or 'True' in set(row.also_reference.astype(str)))
+# %% ../nbs/12_sweep.ipynb #8619748a
+@patch
+def has(self:Study,
+    run:dict, # From `run_settings`
+) -> bool: # Also evaluated by the protocol 'reference', where the run asks for that
+    "Whether the run is done"
+    rows = self.read()
+    rows = rows[rows.run == run_name(run)]
+    if run['also_reference'] and len(rows): rows = rows[rows.also_reference.astype(str) == 'True']
+    return len(rows) > 0
 
-    def of(self,
-        recipe:str, # 'reference' or 'tuned'
-        **kwargs # More for `run_settings`: what is not as it has it
-    ) -> pd.DataFrame: # Rows of `study.csv`
-        "The finished runs of `recipe`, from all seeds"
-        df = self.read()
-        seeds = df.seed.unique() if len(df) else []
-        return df[df.run.isin([run_name(run_settings(recipe=recipe, seed=o, **kwargs)) for o in seeds])]
+@patch
+def of(self:Study,
+    recipe:str, # 'reference' or 'tuned'
+    **kwargs # More for `run_settings`: what differs from its defaults
+) -> pd.DataFrame: # Rows of `study.csv`
+    "The finished runs of `recipe`, from all seeds"
+    run = run_settings(recipe=recipe, **kwargs)
+    rows = self.read()
+    names = [run_name(run | dict(seed=seed)) for seed in rows.seed.unique()]
+    return rows[rows.run.isin(names)]
 
-    def put(self,
-        name:str, # Of the table
-        new:pd.DataFrame, # Its new rows
-        keep:set, # Runs whose old rows stay
-    ):
-        "Write a table anew, whole or not at all"
-        old,path = self.read(name),self.folder/f'{name}.csv'
-        rows = [o for o in (old[old.run.isin(keep)], new) if len(o)]
-        if rows: write_whole(path, pd.concat(rows, ignore_index=True).to_csv(index=False).encode())
-        else: path.unlink(missing_ok=True)
-
+# %% ../nbs/12_sweep.ipynb #9e4dcb09
+@patch
+def put(self:Study,
+    name:str, # Of the table
+    run:str, # From `run_name`
+    rows=(), # A `DataFrame` with a column `run`; empty: the run has no rows
+):
+    "Replace the rows of a run in a table"
+    old = self.read(name)
+    tables = [table for table in (old[old.run != run], rows) if len(table)]
+    path = self.folder/f'{name}.csv'
+    if tables: write_whole(path, pd.concat(tables, ignore_index=True).to_csv(index=False).encode())
+    else: path.unlink(missing_ok=True)
 
 # %% ../nbs/12_sweep.ipynb #e2b52669
 def _study_row(run, summary, command):
     "The row of a run in `study.csv`"
-    first,machine,vers = ('recipe','seed','epochs','valid'),summary['machine'],summary['versions']
-    found = {k: summary['results'][k] for k in ('accuracy','loss','correct','total')} | dict(run=run_name(run))
-    made = dict(engine=summary['engine'], seconds=round(summary['seconds'], 1), threads=machine['threads'],
-                cores=machine['cores'], device=machine['device_name'], date=summary['began'], command=command)
-    return ({k: run[k] for k in first} | found | {k: v for k,v in run.items() if k not in (*first, 'device')} | made |
-            {k: vers[k] for k in ('python','torch','fastai','code')})
+    machine = summary['machine']
+    row = {k: run[k] for k in ('recipe','seed','epochs','valid')}
+    row |= {k: summary['results'][k] for k in ('accuracy','loss','correct','total')}
+    row |= dict(run=run_name(run))
+    row |= {k: v for k,v in run.items() if k not in row and k != 'device'}
+    row |= dict(engine=summary['engine'], seconds=round(summary['seconds'], 1))
+    row |= dict(threads=machine['threads'], cores=machine['cores'], device=machine['device_name'])
+    row |= dict(date=summary['began'], command=command)
+    return row | {k: summary['versions'][k] for k in ('python','torch','fastai','code')}
 
 def add_run(
     study:Study, # Where to put it
     run:dict, # From `run_settings`
     files:dict, # From `run_alone`
-    command:str='', # What made it
+    command:str='', # The command that made it
 ) -> dict: # Its row in `study.csv`
     "Put a finished run into the tables"
-    name,row = run_name(run),_study_row(run, json.loads(files['summary.json']), command)
-    done,weights = study.done - {name},study.folder/'weights'/f'{name}.safetensors'
+    name = run_name(run)
+    weights = study.folder/'weights'/f'{name}.safetensors'
     weights.parent.mkdir(parents=True, exist_ok=True)
     write_whole(weights, files['weights.safetensors'])
-    for table,part in (('epochs', 'history.csv'), ('mistakes', 'mistakes.csv')):
-        if part not in files: continue
-        new = _read_csv(io.BytesIO(files[part]))
-        whose = pd.DataFrame(dict(run=name, recipe=run['recipe'], seed=run['seed']), new.index)
-        study.put(table, pd.concat([whose, new], axis=1), done)
-    study.put('study', pd.DataFrame([row]), done)
-    study.put('failures', pd.DataFrame(), set(study.read('failures').run))
+    first = dict(run=name, recipe=run['recipe'], seed=run['seed'])
+    for table,file in dict(epochs='history.csv', mistakes='mistakes.csv').items():
+        if file not in files: continue
+        rows = _read_csv(io.BytesIO(files[file]))
+        study.put(table, name, rows.assign(**first)[[*first, *rows]])
+    row = _study_row(run, json.loads(files['summary.json']), command)
+    study.put('failures', name)
+    study.put('study', name, pd.DataFrame([row]))
     return row
 
 # %% ../nbs/12_sweep.ipynb #2c5a4902
@@ -179,91 +212,117 @@ def add_failure(
     study:Study, # Where to put it
     run:dict, # From `run_settings`
     attempts:int, # How often it failed
-    error:str, # What it said last
+    error:str, # Its last error
 ):
-    "List a run that failed in `failures.csv`, which forgets it when it has succeeded"
+    "List a failed run in `failures.csv`"
     name = run_name(run)
+    date = datetime.now(timezone.utc).isoformat(timespec='seconds')
     row = dict(run=name, recipe=run['recipe'], seed=run['seed'], attempts=attempts, error=error,
-               settings=json.dumps(run), date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
-    study.put('failures', pd.DataFrame([row]), set(study.read('failures').run) - {name})
+               settings=json.dumps(run), date=date)
+    study.put('failures', name, pd.DataFrame([row]))
 
 # %% ../nbs/12_sweep.ipynb #e81f0339
+@contextmanager
 def _local(jobs, threads):
-    "On this machine"
-    pool,children,stopping = ThreadPoolExecutor(jobs),[],threading.Event()
-    def started(p):
-        children.append(p)
-        if stopping.is_set(): p.terminate()
-    def stop():
-        stopping.set()
-        for p in children: p.terminate()
+    "For runs on this machine: a function that starts one and returns its `Future`, and the runs at once"
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(jobs)
+    try: yield lambda run: pool.submit(run_alone, run, threads, stop), jobs
+    finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
-    return lambda run: pool.submit(run_alone, run, threads, started),stop,jobs
 
-def _on_ray(address, threads, device, per_gpu):
-    "On a Ray cluster; Ray itself does a run again whose node has died, on another"
-    try: import ray
-    except ImportError: raise ValueError("Ray is not installed: pip install 'mnist_block3[sweep]'") from None
-    if torch.device(device or 'cpu').index is not None: raise ValueError(f'device={device!r}: Ray deals out the GPUs, so leave the number out')
-    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level='error')
-    have = [o['Resources'] for o in ray.nodes() if o['Alive']]
-    gpus = 0 if str(device or 'cuda').partition(':')[0] != 'cuda' else int(sum(o.get('GPU', 0) for o in have))
-    jobs = gpus*per_gpu or sum(int(o.get('CPU', 0)//threads) for o in have)
+# %% ../nbs/12_sweep.ipynb #171d6445
+def _ray_places(nodes, threads, device, per_gpu):
+    "How many runs a Ray cluster does at once, and each one's share of a GPU"
+    resources = [node['Resources'] for node in nodes if node['Alive']]
+    n_gpus = int(sum(r.get('GPU', 0) for r in resources))
+    if n_gpus and torch.device(device or 'cuda').type == 'cuda': return n_gpus*per_gpu, 1/per_gpu
+    jobs = sum(int(r.get('CPU', 0)//threads) for r in resources)
     if not jobs: raise ValueError(f'threads={threads}: no machine of the Ray cluster has so many')
-    f = ray.remote(run_alone).options(num_cpus=threads, num_gpus=1/per_gpu if gpus else 0, max_retries=3)
-    return lambda run: f.remote(run, threads).future(),ray.shutdown,jobs
+    return jobs, 0
+
+@contextmanager
+def _on_ray(address, threads, device, per_gpu):
+    "The same two for runs on a Ray cluster"
+    try: import ray
+    except ImportError:
+        raise ValueError("Ray is not installed; install it by pip install -e '.[sweep]' in a clone") from None
+    if torch.device(device or 'cpu').index is not None:
+        raise ValueError(f'device={device!r}: Ray deals out the GPUs, so leave the number out')
+    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level='error')
+    try:
+        jobs,gpu_share = _ray_places(ray.nodes(), threads, device, per_gpu)
+        remote = ray.remote(run_alone).options(num_cpus=threads, num_gpus=gpu_share, max_retries=3)
+        yield lambda run: remote.remote(run, threads).future(), jobs
+    finally: ray.shutdown()
 
 # %% ../nbs/12_sweep.ipynb #4b99f164
-def _duration(s): return f'{s/3600:.1f} h' if s >= 5400 else f'{s/60:.0f} min' if s >= 90 else f'{s:.0f} s'
+def _duration(seconds):
+    if seconds >= 5400: return f'{seconds/3600:.1f} h'
+    return f'{seconds/60:.0f} min' if seconds >= 90 else f'{seconds:.0f} s'
 
-def _loop(study, todo, submit, retries, jobs, command, log):
+def _result_line(run, row):
+    loss = math.nan if row['loss'] is None else row['loss']
+    return f'{run_label(run)}: {100*row["accuracy"]:.2f} %, loss {loss:.5f}, {row["seconds"]:.0f} s'
+
+def _loop(study, todo, submit, jobs, retries, command, log):
     "Do the runs in `todo`, and put each into the tables as it ends"
-    waiting,failed,seconds = {submit(o): o for o in todo},{},[]
+    waiting = {submit(run): run for run in todo}
+    failures = Counter()
+    epoch_seconds = []
     while waiting:
-        for f in wait(waiting, return_when=FIRST_COMPLETED).done:
-            run = waiting.pop(f)
-            name,label = run_name(run),run_label(run)
-            try: files = f.result()
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            run = waiting.pop(future)
+            try: files = future.result()
             except Exception as e:
-                why,failed[name] = str(getattr(e, 'cause', e)),failed.get(name, 0) + 1
-                log(f'{label} failed: {why}')
-                if failed[name] <= retries: waiting[submit(run)] = run
-                else: add_failure(study, run, failed[name], why)
+                error = str(getattr(e, 'cause', e)) # the cause is what Ray wraps
+                log(f'{run_label(run)} failed: {error}')
+                failures[run_name(run)] += 1
+                if failures[run_name(run)] <= retries: waiting[submit(run)] = run
+                else: add_failure(study, run, failures[run_name(run)], error)
                 continue
             row = add_run(study, run, files, command)
-            seconds.append(row['seconds']/run['epochs'])
-            eta = sum(seconds)/len(seconds) * sum(o['epochs'] for o in waiting.values())/jobs
-            log(f'{len(todo) - len(waiting):3}/{len(todo)}  {label}: {100*row["accuracy"]:.2f} %, '
-                f'loss {math.nan if row["loss"] is None else row["loss"]:.5f}, {row["seconds"]:.0f} s'
-                f'{f"; about {_duration(eta)} left" if waiting else ""}')
+            epoch_seconds.append(row['seconds']/run['epochs'])
+            left = mean(epoch_seconds) * sum(r['epochs'] for r in waiting.values())/jobs
+            end = f'; about {_duration(left)} left' if waiting else ''
+            log(f'{len(todo) - len(waiting):3}/{len(todo)}  {_result_line(run, row)}{end}')
+
+# %% ../nbs/12_sweep.ipynb #2d58d997
+def _jobs_threads(device, jobs, threads, ray):
+    "Runs at once and threads a run, the defaults where they are `None`"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    if jobs is None: jobs = 1 if ray or get_device(device).type != 'cpu' else cores
+    check_count(jobs=jobs)
+    if threads is None: threads = 1 if ray else max(1, cores//jobs)
+    check_count(threads=threads)
+    return jobs, threads
 
 # %% ../nbs/12_sweep.ipynb #3f951707
 def sweep(
     runs:list[dict], # From `sweep_grid`
-    out:str|Path='sweep', # Folder of the tables; runs that are in them are not done again
-    jobs:int=None, # Runs at once on this machine, or with Ray on each GPU; `None`: as many as there are cores, or one on a GPU
+    out:str|Path='sweep', # Folder of the tables; finished runs are skipped
+    jobs:int=None, # Runs at once here, or with Ray on each GPU; `None`: one per core, or one on a GPU
     threads:int=None, # Threads a run; `None`: cores divided by `jobs`, or one with Ray
     retries:int=1, # How often a failed run is tried again
     ray:bool=False, # Have the runs done by Ray
     address:str=None, # Of the Ray cluster; `None`: the one that Ray finds, or else this machine
-    command:str='', # For the tables: what was called
+    command:str='', # For the tables: the command that was called
     log=partial(print, flush=True), # Called with each line
 ) -> Study: # The tables
-    "Do all `runs` that are not done yet; raises `OSError` where a table cannot be written, goes on after other errors"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    device = runs[0]['device'] if runs else 'cpu'
+    "Do all `runs` that are not done yet; raises `OSError` where a table cannot be written"
     if address is not None and not ray: raise ValueError(f'address={address!r}: an address is for Ray')
-    if jobs is None: jobs = 1 if ray or get_device(device).type != 'cpu' else cores
-    if threads is None: threads = 1 if ray else max(1, cores//max(1, jobs))
-    _check_count(jobs=jobs, threads=threads)
-    submit,stop,jobs = _on_ray(address, threads, device, jobs) if ray else _local(jobs, threads)
-    try:
-        study,runs = Study(out),list({run_name(o): o for o in runs}.values())
+    study = Study(out)
+    device = runs[0]['device'] if runs else 'cpu'
+    jobs,threads = _jobs_threads(device, jobs, threads, ray)
+    workers = _on_ray(address, threads, device, jobs) if ray else _local(jobs, threads)
+    with workers as (submit, jobs):
         study.folder.mkdir(parents=True, exist_ok=True)
         with locked(study.folder):
-            todo = [o for o in runs if not study.has(o)]
-            log(f'{len(runs)} runs, {len(runs) - len(todo)} of them done; {jobs} at once{" on Ray" if ray else ""}, '
-                f'threads a run: {threads}')
-            _loop(study, todo, submit, retries, jobs, command, log)
-    finally: stop()
+            runs = {run_name(run): run for run in runs}.values() # each once
+            todo = [run for run in runs if not study.has(run)]
+            where = ' on Ray' if ray else ''
+            log(f'{len(runs)} runs, {len(runs) - len(todo)} of them done; '
+                f'{jobs} at once{where}, threads a run: {threads}')
+            _loop(study, todo, submit, jobs, retries, command, log)
     return study
