@@ -1,5 +1,5 @@
 "What comes from outside: a damaged file of any kind ends in a documented error, soon and in little memory, and none is run"
-import gzip, io, json, math, os, pickle, signal, struct, zlib
+import gzip, io, os, pickle, struct, zlib
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,13 +7,12 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import save
-from mnist_block3.all import (block3_learner, Callback, Checkpoint, checkpoint_bytes, load_block3, load_digits, mnist_dls, mnist_form, read_checkpoint, read_idx,
-                              read_settings, resume_run, Study, train_run)
-from mnist_block3.cli import block3_export, block3_predict, block3_train
+from mnist_block3.all import (Checkpoint, Study, block3_learner, load_block3, load_digits, mnist_dls, mnist_form, read_checkpoint, read_idx,
+                              read_settings, train_run)
+from mnist_block3.cli import block3_train
 from mnist_block3.model import weights_path
-from mnist_block3.run import _checksum, set_fit_state
 
-few = 40 # damaged inputs of each kind in the fast set; the slow set has 100,000 of all kinds together
+few = 20 # damaged inputs of each kind in the default set; the slow set has 100,000 of all kinds together
 
 
 def picture(kind, shape=(40,30), **kwargs):
@@ -65,12 +64,8 @@ def whole(tmp_path_factory, learn):
         lines = (runs/f'{name}.csv').read_text().splitlines(True)[:4]
         kind(name, lambda d, name=name: Study(d).read(name), f'{name}.csv', ''.join(lines))
     kind('runs of a study', lambda d: Study(d).of('tuned'), 'study.csv', ''.join((runs/'study.csv').read_text().splitlines(True)[:4]))
-    with learn.no_bar(), learn.no_logging():
-        class Stop(Callback):
-            def before_validate(self): raise KeyboardInterrupt
-        learn.fit(1, cbs=Checkpoint(run/'c'))
-        with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=[Checkpoint(run/'part'), Stop()])
-    kind('checkpoint', lambda d: set_fit_state(learn, read_checkpoint(d/'a')), 'a', *((run/o).read_bytes() for o in ('c', 'part')))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Checkpoint(run/'c'))
+    kind('checkpoint', lambda d: read_checkpoint(d/'a'), 'a', (run/'c').read_bytes())
     for name,(load,folder,file,contents) in made.items():
         for o in contents:
             file.write_bytes(o)
@@ -146,111 +141,6 @@ def test_damage(whole, kind): fuzz(whole, kind, few)
 def test_much_damage(whole, kind): fuzz(whole, kind, -(-100_000//len(kinds)))
 
 
-values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=3),
-                   st.dictionaries(st.text(max_size=2), st.integers(), max_size=2), st.just(torch.zeros(3)))
-
-@pytest.fixture(scope='module', params=['epoch', 'step'])
-def half_done(tmp_path_factory, request):
-    "A run of two epochs of two steps that died after its first epoch, or its third step: its folder, what is in the checkpoint, and how to go on"
-    folder,old = tmp_path_factory.mktemp('half')/'run',signal.signal(signal.SIGINT, signal.default_int_handler)
-    class Stop(Callback):
-        def before_train(self):
-            if self.epoch and request.param == 'epoch': raise KeyboardInterrupt
-        def after_pred(self):
-            if self.training and (self.epoch, self.iter) == (1, 0): signal.raise_signal(signal.SIGINT)
-    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr('mnist_block3.run.JudgeAlso', Stop)
-        train_run(folder, epochs=2, n_train=128, valid='reference', device='cpu', also_reference=True)
-    signal.signal(signal.SIGINT, old)
-    (folder/'settings.json').write_text((folder/'settings.json').read_text().replace('"also_reference": true', '"also_reference": false'))
-    state = read_checkpoint(folder/'checkpoint.safetensors')
-    assert (state['epoch'], state['part']['n']) == (1, request.param == 'step')
-    def go_on(state):
-        for o in folder.iterdir():
-            if o.name not in ('settings.json', 'checkpoint.safetensors'): o.unlink()
-        (folder/'checkpoint.safetensors').write_bytes(checkpoint_bytes(state))
-        resume_run(folder)
-    go_on(state)
-    return folder,state,go_on
-
-
-def changed(o, path, new):
-    "`o` with `new` in place of what lies at `path`, whose steps are names, numbers, or floats for a part of all there is"
-    if not path or not isinstance(o, (dict, list, tuple)) or not len(o): return new
-    names = list(o) if isinstance(o, dict) else range(len(o))
-    at = names[int(path[0]*len(o))] if isinstance(path[0], float) else path[0]
-    pairs = [(k, changed(o[k], path[1:], new) if k == at else o[k]) for k in names]
-    return type(o)(pairs) if isinstance(o, dict) else type(o)(v for _,v in pairs)
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_a_state_made_up(half_done, at_hand):
-    "A checkpoint that is whole, but in which any part at any depth is something else: it is refused, or the run goes on to its end"
-    folder,state,go_on = half_done
-    refused = []
-    @settings(max_examples=60, deadline=5000, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(st.lists(where, min_size=1, max_size=4), values)
-    def one(path, new):
-        try: go_on(changed(state, path, new))
-        except ValueError as e: refused.append(e)
-    one()
-    assert len(refused) > 10 and all(str(folder/'checkpoint.safetensors') in str(o) for o in refused)
-
-
-@pytest.mark.parametrize('path,new', [
-    (('history',), [1]), (('history',), [{}]), (('history', 0, 'total'), 0), (('history', 0, 'correct'), 129), (('history', 0, 'correct'), math.nan),
-    (('history', 0, 'seconds'), math.inf), (('history', 0, 'lr'), 10**400), (('history', 0, 'train_loss'), 10**400), (('history', 0, 'epoch'), 2),
-    (('history', 0, 'valid_accuracy'), math.nan), (('opt', 'param_groups', 0, 'lr'), 'x'), (('opt', 'param_groups', 0, 'lr'), 10**400), (('opt', 'param_groups', 0, 'lr'), math.nan),
-    (('opt', 'param_groups', 0, 'momentum'), None), (('opt', 'param_groups', 0, 'momentum'), -10**400), (('opt', 'param_groups', 0, 'params'), [0]*18),
-    (('opt', 'state', 0), 5), (('opt', 'state', 0, 'momentum_buffer'), torch.zeros(1)), (('part',), {}), (('part', 'n'), -1), (('part', 'n'), 5), (('part', 'n'), True),
-    *((('part', 'n_right'), o) for o in (math.nan, math.inf, 10**19, -10**19, 2**63, 10**400, -1, 129)), (('part', 'n_seen'), 2**63),
-    *((('part', 'pct_train'), o) for o in (10**400, math.nan, -1, -math.inf, 2)), *((('part', 'seconds'), o) for o in (math.inf, -1, 1e308, 10**400)),
-    *((('recorder', 'smooth', 1), o) for o in (-1, -10**6, 10**400)), (('train_iter',), 2**70), (('recorder', 'lrs'), 'abc'), (('recorder', 'values'), 5),
-    (('recorder', 'values', 0, 0), 'x'), (('recorder', 'values', 0, 0), 10**400), (('epoch',), 99), (('engine',), '\x1b[31m'), (('data',), (256, 64)),
-    *(((o, 'loaders'), []) for o in ('random', 'began')), *(((o, 'numpy', 1), torch.zeros(3)) for o in ('random', 'began')),
-    *((('random', 'numpy', 2), o) for o in (10**9, -10**9, 625, -1)), (('random', 'numpy', 4), 'x'), (('random', 'python', 2), 'x'), (('began', 'loaders', 0, 2), 'x'),
-    *((('opt', 'state', 0, 'momentum_buffer'), o) for o in (torch.tensor(0.), 5, True, None, torch.zeros(32,1,3,3, dtype=torch.double))), (('opt', 'param_groups', 0, 'lr'), 1e300),
-    (('history', 0, 'train_accuracy'), {}), (('history', 0, 'train_accuracy'), [1.]), (('history', 0, 'correct'), 1e400), (('history',), []),
-    (('recorder', 'iters'), (2,)), (('recorder', 'values'), ([0.],)), (('recorder', 'smooth'), (3, 0.134)), (('epoch',), True),
-], ids=lambda o: str(o)[:40])
-def test_a_state_of_another_form(half_done, at_hand, path, new):
-    folder,state,go_on = half_done
-    with pytest.raises(ValueError) as e: go_on(changed(state, path, new))
-    assert str(folder/'checkpoint.safetensors') in str(e.value)
-
-
-@pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('path', [(), ('settings',), ('machine',), ('versions',)])
-def test_settings_made_up(whole, path):
-    "A settings.json in which any value is something of any other kind"
-    load,folder,file,(sound,) = whole['settings']
-    about,refused = json.loads(sound),0
-    for name in (about[path[0]] if path else about):
-        for new in (None, True, False, 0, -1, 5, 2**40, 0.5, float('nan'), float('inf'), '', 'x', [], ['a'], {}, {'a': 1}):
-            made = changed(about, (*path, name), new)
-            file.write_text(json.dumps(made))
-            try: assert json.dumps(load(folder)) == json.dumps(made)
-            except FileNotFoundError as e: assert name == 'source'
-            except ValueError as e:
-                refused += 1
-                assert str(file) in str(e)
-    assert refused > 10 or path not in ((), ('settings',))
-
-
-@pytest.mark.parametrize('name,new', [('epochs', None), ('device', ['a']), ('seed', True), ('bf16', 'x'), ('source', 5), ('lr', None)])
-def test_settings_of_another_form(whole, name, new):
-    load,folder,file,(sound,) = whole['settings']
-    file.write_text(json.dumps(changed(json.loads(sound), ('settings', name), new)))
-    with pytest.raises(ValueError, match='settings.json'): load(folder)
-
-
-@pytest.mark.parametrize('part,name,new', [('versions', 'torch', '1\n\x1b[31m'), ('machine', 'device_name', '\x07'), ('machine', 'threads', True), ('machine', 'platform', [1])])
-def test_settings_that_would_be_printed(whole, part, name, new):
-    load,folder,file,(sound,) = whole['settings']
-    file.write_text(json.dumps(changed(json.loads(sound), (part, name), new)))
-    with pytest.raises(ValueError) as e: load(folder)
-    assert str(e.value) == f'{file}: {name!r} is {new!r}'
-
 
 def test_promises_too_large(tmp_path):
     "A header that promises 4 billion images"
@@ -319,29 +209,6 @@ def test_postscript_is_not_run(tmp_path):
     with pytest.raises(ValueError, match='EPS is a program, and is not run'): mnist_form(tmp_path/'a.eps')
 
 
-def test_json_too_deep(tmp_path):
-    (tmp_path/'settings.json').write_text('['*200_000)
-    with pytest.raises(ValueError, match='settings.json cannot be read'): read_settings(tmp_path)
-
-
-def made_checkpoint(text, **tensors): return save(tensors, dict(state=text, sha256=_checksum(text, tensors)))
-
-def nested(n): return '{"tuple": ['*n + '1' + ']}'*n # PyTorch's compiler lets Python go 2,000 deep, instead of 1,000
-
-one = torch.ones(1)
-@pytest.mark.parametrize('data,message', [
-    (made_checkpoint('['*100_000), 'recursion'), (made_checkpoint(nested(3000)), 'recursion'), (made_checkpoint(nested(50)), 'of a fit'), (made_checkpoint('[{"tensor": 0}, {"tensor": 0}]', **{'0': one}), '0'),
-    (made_checkpoint('1', **{'0': one}), 'tensors that belong nowhere'), (made_checkpoint('{"eval": "1"}'), 'eval'), (made_checkpoint('{"dict": [[[], 1]]}'), 'unhashable'),
-    (made_checkpoint('{"a": 1, "b": 1}'), 'too many'), (made_checkpoint('{}'), 'not enough'), (made_checkpoint('"x"'), 'of a fit'), (made_checkpoint('x'), 'Expecting value'),
-    (made_checkpoint('9'*5000), 'digits'), (save({'0': one}), 'metadata are not those'), (save({'0': one}, {'format': 'pt'}), 'metadata are not those'), (save({'0': one}, dict(state='1', sha256='0')), 'its checksum is wrong'), (b'', 'small'), (b'\xff'*100, 'large'),
-    (struct.pack('<Q', 94) + b'{"0":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'.ljust(94), 'metadata'),
-], ids=lambda o: str(o)[:40])
-def test_a_checkpoint_made_by_hand(tmp_path, data, message):
-    "A safetensors file may hold any JSON, and any tensors"
-    (tmp_path/'c').write_bytes(data)
-    with little_memory(20), pytest.raises(ValueError, match=f'c is no checkpoint.*{message}'): read_checkpoint(tmp_path/'c')
-
-
 class Evil:
     "Makes a folder where it is unpickled"
     def __init__(self, mark): self.mark = str(mark)
@@ -363,14 +230,9 @@ four = 'train-images-idx3-ubyte','train-labels-idx1-ubyte','t10k-images-idx3-uby
 places = {
     'source of IDX files':  (four, lambda d: load_digits(d)),
     'source of images':     (('training/1/a.png', 'testing/1/a.png'), lambda d: mnist_dls(d)),
-    'source on the console': (four, lambda d: block3_train.__wrapped__(source=str(d), out=str(d/'out'))),
     'weights':              (('w',), lambda d: load_block3(d/'w')),
-    'weights of a run':     (('weights.safetensors',), lambda d: load_block3(d)),
-    'weights to export':    (('w',), lambda d: block3_export.__wrapped__(str(d/'w'), 'js', str(d/'out'))),
-    'weights to predict with': (('w',), lambda d: block3_predict.__wrapped__([str(d)], str(d/'w'))),
     'picture':              (('a.png',), lambda d: mnist_form(d/'a.png')),
-    'pictures on the console': (('a.png',), lambda d: block3_predict.__wrapped__([str(d/'a.png')])),
-    'settings of a run':    (('settings.json',), lambda d: block3_train.__wrapped__(resume=str(d))),
+    'settings of a run':    (('settings.json',), lambda d: block3_train(resume=str(d))),
     'study':                (('study.csv',), lambda d: Study(d).read()),
     'failures':             (('failures.csv',), lambda d: Study(d).read('failures')),
     'checkpoint':           (('c',), lambda d: read_checkpoint(d/'c')),
@@ -386,7 +248,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch, place, form):
     assert (tmp_path/'was run').exists() or form is as_pickle, 'what is planted works'
     if (tmp_path/'was run').exists(): (tmp_path/'was run').rmdir()
     plant(tmp_path/'d', names, data)
-    with pytest.raises((ValueError, SystemExit)): load(tmp_path/'d')
+    with pytest.raises(ValueError): load(tmp_path/'d')
     assert not (tmp_path/'was run').exists()
 
 
@@ -397,5 +259,5 @@ def test_nothing_is_unpickled_on_resuming(tmp_path, form):
     folder = train_run(tmp_path/'run', **run)[1]
     (folder/'summary.json').unlink()
     plant(folder, ['checkpoint.safetensors'], data)
-    with pytest.raises(SystemExit, match='checkpoint.safetensors is no checkpoint, or damaged'): block3_train.__wrapped__(resume=str(folder))
+    with pytest.raises(ValueError, match='checkpoint.safetensors is damaged, or no checkpoint'): block3_train(resume=str(folder))
     assert not (tmp_path/'was run').exists()
