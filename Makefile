@@ -4,8 +4,9 @@ SHELL    := /bin/bash
 PYTHON   ?= python3
 VENV     := .venv
 ARGS     ?=
-run_needs := torch torchvision fastai fastcore safetensors matplotlib pandas
-dev_needs := $(run_needs) nbdev pytest sklearn nbconvert smalldocs onnxruntime onnxscript selenium selenium_axe_python xdist random_order filelock hypothesis accelerate
+run_needs := torch torchvision fastai fastcore filelock safetensors matplotlib pandas
+dev_needs := $(run_needs) nbdev pytest sklearn nbconvert ipykernel tensorboard smalldocs onnxruntime onnxscript selenium selenium_axe_python \
+  xdist random_order hypothesis accelerate
 bench_needs := $(run_needs) $(if $(filter --all lightning,$(ARGS)),lightning)
 
 # "yes" where the active environment has all modules of $(1), and this checkout as mnist_block3
@@ -23,7 +24,7 @@ with_dev = PATH="$(abspath $(dev_bin)):$$PATH"
 # once, as pytest does on tests, and threads of torch that outnumber the cores wait for each other, so each gets one
 nbdev = $(with_dev) OMP_NUM_THREADS=1 $(if $(wildcard $(dev_bin)/nbdev_$(1)),nbdev_$(1),nbdev-$(subst _,-,$(1)))
 
-.PHONY: help train test test-slow test-random bench readme prepare docs docs-serve clean
+.PHONY: help train test quick test-slow test-random bench readme prepare docs docs-serve clean
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
 
@@ -37,12 +38,16 @@ test: $(dev_env) ## Run all notebooks and the tests
 	$(call nbdev,test)
 	$(with_dev) OMP_NUM_THREADS=1 python -m pytest -n auto $(ARGS)
 
+quick: $(dev_env) ## Run the notebooks that differ from the last commit, and the fastest tests
+	for nb in $$(git diff --name-only HEAD -- 'nbs/*.ipynb'); do $(call nbdev,test) --path $$nb; done
+	$(with_dev) OMP_NUM_THREADS=1 python -m pytest tests/test_data.py tests/test_model.py tests/test_package.py $(ARGS)
+
 test-slow: $(dev_env) ## Run what `make test` leaves out for its length
 	$(call nbdev,test) --flags slow
 	$(with_dev) python -m pytest -m 'slow and not cuda' $(ARGS)
 
-test-random: $(dev_env) ## Run the tests, each time in another order, until they have passed ten times in a row, or N= times; it goes on where it was stopped
-	$(with_dev) OMP_NUM_THREADS=1 python tools/shuffled.py $(N)
+test-random: $(dev_env) ## Run the tests in random order
+	$(with_dev) OMP_NUM_THREADS=1 python -m pytest -n auto --random-order $(ARGS)
 
 bench: $(bench_env) ## Measure speed against other ways, for a quarter of an hour or more; options in ARGS="--all --one-epoch"
 	@$(bench_bin)/python benchmarks/bench.py $(ARGS)

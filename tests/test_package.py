@@ -36,30 +36,6 @@ def test_pyproject_says_what_settings_say(ini, toml):
     assert mnist_block3.__version__ == ini['version']
 
 
-def test_random_order_counts_what_passed_in_a_row_on_the_same_files(tmp_path, monkeypatch):
-    pytest.importorskip('random_order')
-    monkeypatch.syspath_prepend(root/'tools')
-    import shuffled as tool
-    test = tmp_path/'test_it.py'
-    def commit(passes):
-        test.write_text(f'def test_a(): assert {passes}\ndef test_b(): pass\n')
-        subprocess.run('git init -q && git add test_it.py && git -c user.name=a -c user.email=b commit -qm c', shell=True, check=True, cwd=tmp_path)
-        return tool.code_name(tmp_path)
-    def found(code): return [(o['failed'], o['tests']) for o in tool.rows(tmp_path) if o['code'] == code]
-    (tmp_path/tool.record).parent.mkdir(parents=True)
-    good = commit(True)
-    tool.main(1, tmp_path)
-    tool.main(2, tmp_path) # goes on
-    tool.main(2, tmp_path) # has nothing left to do
-    assert found(good) == [('0', '2')]*2 and len({o['command'] for o in tool.rows(tmp_path)}) == 2
-    bad = commit(False)
-    with pytest.raises(SystemExit): tool.main(1, tmp_path)
-    assert found(bad) == [('1', '2')] and tool.in_a_row(tool.rows(tmp_path), bad) == 0
-    assert tool.in_a_row([dict(code=c, failed=f) for c,f in (('a','0'), ('a','1'), ('a','0'), ('b','1'), ('a','0'))], 'a') == 2
-    test.write_text('')
-    with pytest.raises(ValueError, match='commit first'): tool.main(1, tmp_path)
-
-
 def test_readme_is_the_index_notebook(monkeypatch):
     monkeypatch.syspath_prepend(root/'tools')
     import readme
