@@ -69,7 +69,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mnist_block3.cli._saying_how_to_resume': ('cli.html#_saying_how_to_resume', 'mnist_block3/cli.py'),
                                   'mnist_block3.cli._terminate': ('cli.html#_terminate', 'mnist_block3/cli.py'),
                                   'mnist_block3.cli._value': ('cli.html#_value', 'mnist_block3/cli.py'),
-                                  'mnist_block3.cli._values': ('cli.html#_values', 'mnist_block3/cli.py'),
                                   'mnist_block3.cli.block3_export': ('cli.html#block3_export', 'mnist_block3/cli.py'),
                                   'mnist_block3.cli.block3_predict': ('cli.html#block3_predict', 'mnist_block3/cli.py'),
                                   'mnist_block3.cli.block3_sweep': ('cli.html#block3_sweep', 'mnist_block3/cli.py'),

@@ -6,8 +6,8 @@
 __all__ = ['parse', 'Terminated', 'ending_in_one_line', 'is_first_process', 'print_anything', 'command', 'parse_seeds',
            'parse_settings', 'one_setting', 'block3_train', 'block3_sweep', 'block3_predict', 'block3_export']
 
-# %% ../nbs/14_cli.ipynb #d16c6121
-import json, os, re, shlex, signal, sys, warnings
+# %% ../nbs/14_cli.ipynb #7c38641b
+import itertools, json, os, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
@@ -96,28 +96,24 @@ def parse_seeds(
     if not all(seeds): raise ValueError(f'seeds={text!r}: seeds are numbers and ranges, as in 0-9,20')
     return sum(seeds, [])
 
-# %% ../nbs/14_cli.ipynb #b9a9f65e
-def _value(text, own):
-    "`text` as a value of the type of `own`"
-    if isinstance(own, bool): return {'true': True, 'false': False}[text.lower()]
-    return type(own)(text)
-
-def _values(name, text, recipes):
-    "The values of the setting `name`, which all `recipes` need to have"
-    for recipe in recipes:
-        if name not in recipe_settings(recipe): recipe_settings(recipe, **{name: text}) # raises
-    own = recipe_settings(recipes[0])[name]
-    try: return [_value(part, own) for part in text.split(',')]
-    except (KeyError, ValueError):
-        raise ValueError(f'settings: {name} is of type {type(own).__name__}, and not {text!r}') from None
+# %% ../nbs/14_cli.ipynb #8cf10d41
+def _value(text):
+    "A number or `True` or `False`, or else the text itself, which the recipe refuses"
+    if text.lower() in ('true', 'false'): return text.lower() == 'true'
+    try: return int(text) if text.isdigit() else float(text)
+    except ValueError: return text
 
 def parse_settings(
     text:str, # `NAME=VALUE,VALUE NAME=VALUE; NAME=VALUE`
     recipes:list, # Recipes that have these settings
 ) -> list: # For `sweep_grid`: a dict a grid, of lists of values by name
-    "Read settings; each value has the type that the recipe's own has"
+    "Read settings; raises `ValueError` for a name or a value that one of `recipes` does not have"
     grids = [[pair.partition('=') for pair in grid.split()] for grid in (text or '').split(';')]
-    return [{name: _values(name, values, recipes) for name,_,values in grid} for grid in grids]
+    values = [{name: list(map(_value, values.split(','))) for name,_,values in grid} for grid in grids]
+    for recipe,grid in itertools.product(recipes, values):
+        for name in grid:
+            for v in grid[name]: recipe_settings(recipe, **{name: v})
+    return values
 
 # %% ../nbs/14_cli.ipynb #703a97d1
 def one_setting(
