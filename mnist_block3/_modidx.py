@@ -286,7 +286,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mnist_block3.predict': { 'mnist_block3.predict._as_json': ('predict.html#_as_json', 'mnist_block3/predict.py'),
                                       'mnist_block3.predict._compare': ('predict.html#_compare', 'mnist_block3/predict.py'),
                                       'mnist_block3.predict._files': ('predict.html#_files', 'mnist_block3/predict.py'),
-                                      'mnist_block3.predict._picture_files': ('predict.html#_picture_files', 'mnist_block3/predict.py'),
                                       'mnist_block3.predict._read': ('predict.html#_read', 'mnist_block3/predict.py'),
                                       'mnist_block3.predict._scale_shift': ('predict.html#_scale_shift', 'mnist_block3/predict.py'),
                                       'mnist_block3.predict.browser_layers': ('predict.html#browser_layers', 'mnist_block3/predict.py'),

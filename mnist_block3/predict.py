@@ -6,7 +6,7 @@
 __all__ = ['exports', 'load_block3', 'predict_digits', 'find_images', 'predict_files', 'safetensors_bytes', 'onnx_bytes',
            'browser_layers', 'browser_script', 'js_bytes']
 
-# %% ../nbs/13_predict.ipynb #bff45c79
+# %% ../nbs/13_predict.ipynb #64340ba7
 import base64, glob, json, os
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from .data import mean_std, mnist_form
 from .model import Block3, weights_path
+from .picture import mean_std, mnist_form, picture_files
 
 # %% ../nbs/13_predict.ipynb #2b527c54
 def load_block3(
@@ -44,15 +44,11 @@ def predict_digits(
     x = (torch.as_tensor(images)[:,None].float()/255 - mean)/std
     return model(x).exp().numpy()
 
-# %% ../nbs/13_predict.ipynb #465903fb
-def _picture_files(folder):
-    suffixes = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
-    return sorted(path for path in folder.rglob('*') if path.suffix.lower() in suffixes)
-
+# %% ../nbs/13_predict.ipynb #111fa754
 def _files(name):
     "The files that `name` stands for, or `name` itself where there are none"
     path = Path(name)
-    if path.is_dir(): return _picture_files(path) or [path]
+    if path.is_dir(): return picture_files(path) or [path]
     if path.exists(): return [path]
     matches = sorted(Path(match) for match in glob.glob(str(name), recursive=True))
     return [match for match in matches if match.is_file()] or [path]
