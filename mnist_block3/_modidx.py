@@ -365,6 +365,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mnist_block3.steps._python_state': ('steps.html#_python_state', 'mnist_block3/steps.py'),
                                     'mnist_block3.steps._same_python': ('steps.html#_same_python', 'mnist_block3/steps.py'),
                                     'mnist_block3.steps._set_python_state': ('steps.html#_set_python_state', 'mnist_block3/steps.py'),
+                                    'mnist_block3.steps._simple_attrs': ('steps.html#_simple_attrs', 'mnist_block3/steps.py'),
                                     'mnist_block3.steps.batch_pred': ('steps.html#batch_pred', 'mnist_block3/steps.py'),
                                     'mnist_block3.steps.sgd_step': ('steps.html#sgd_step', 'mnist_block3/steps.py')},
             'mnist_block3.sweep': { 'mnist_block3.sweep.Study': ('sweep.html#study', 'mnist_block3/sweep.py'),

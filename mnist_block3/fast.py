@@ -7,7 +7,6 @@ __all__ = ['compile_steps', 'as_function', 'why_plain', 'has_compiler', 'FastEpo
 
 # %% ../nbs/07_fast.ipynb #96b65cc6
 import os, shutil, time
-from contextlib import suppress
 import numpy as np
 import torch
 from torch import nn
@@ -226,8 +225,8 @@ def _leave_to_fastai(self:FastEpoch):
     if self.said_why or chosen or self.learn.logger is noop: return
     self.said_why = True
     mbar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
-    write = mbar.write if isinstance(mbar, ConsoleMasterBar) else print
-    write(f"Taking fastai's own training loop: {self.why}")
+    if isinstance(mbar, ConsoleMasterBar): print() # ends the line of the bar
+    print(f"Taking fastai's own training loop: {self.why}")
 
 # %% ../nbs/07_fast.ipynb #44308997
 def _attrs(obj):

@@ -103,7 +103,9 @@ class History(Callback):
 def row(self:History):
     "The row of the epoch that has just ended"
     rec = self.recorder
-    row = {'epoch': self.epoch+1, 'lr': self.opt.hypers[-1]['lr'], **dict(zip(rec.metric_names[1:], rec.values[-1]))}
+    names = rec.metric_names[1:]
+    if rec.cancel_train: names = names[1 + rec.train_metrics*len(rec.metrics):] # they have no value
+    row = {'epoch': self.epoch+1, 'lr': self.opt.hypers[-1]['lr'], **dict(zip(names, rec.values[-1]))}
     if self.n_seen: row['train_accuracy'] = int(self.n_right)/self.n_seen
     if 'accuracy' in row:
         row['valid_accuracy'] = row.pop('accuracy')

@@ -211,10 +211,11 @@ def __call__(self:Steps,
     else: self.step(full)
 
 # %% ../nbs/06_steps.ipynb #6e0ef45b
+def _simple_attrs(m): return {k: v for k,v in vars(m).items() if isinstance(v, (bool, int, float, str))}
+
 def _python_state(model):
     "What a forward pass might change without PyTorch: attributes, buffers that are replaced, random numbers"
-    simple = (bool, int, float, str)
-    attrs = [{k: v for k,v in vars(m).items() if isinstance(v, simple)} for m in model.modules()]
+    attrs = [_simple_attrs(m) for m in model.modules()]
     buffers = [dict(m._buffers) for m in model.modules()]
     return dict(attrs=attrs, buffers=buffers, random=random.getstate(), numpy=np.random.get_state())
 
@@ -225,6 +226,7 @@ def _same_python(a, b):
 
 def _set_python_state(model, state):
     for m,attrs,buffers in zip(model.modules(), state['attrs'], state['buffers']):
+        for name in _simple_attrs(m).keys() - attrs.keys(): delattr(m, name)
         vars(m).update(attrs)
         m._buffers.update(buffers)
     random.setstate(state['random'])
