@@ -252,6 +252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mnist_block3.learner._dropouts': ('learner.html#_dropouts', 'mnist_block3/learner.py'),
                                       'mnist_block3.learner._not_random': ('learner.html#_not_random', 'mnist_block3/learner.py'),
                                       'mnist_block3.learner._tuned_cbs': ('learner.html#_tuned_cbs', 'mnist_block3/learner.py'),
+                                      'mnist_block3.learner._twin': ('learner.html#_twin', 'mnist_block3/learner.py'),
                                       'mnist_block3.learner.augmented_by': ('learner.html#augmented_by', 'mnist_block3/learner.py'),
                                       'mnist_block3.learner.block3_learner': ('learner.html#block3_learner', 'mnist_block3/learner.py'),
                                       'mnist_block3.learner.dropout': ('learner.html#dropout', 'mnist_block3/learner.py'),

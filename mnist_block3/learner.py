@@ -219,9 +219,15 @@ class PreciseBN(Callback):
         dl = self.dls.train
         if isinstance(dl, TfmdDL): dl = dl.new(shuffle=False, drop_last=False, after_batch=_not_random(dl.after_batch))
         model = get_model(self.model)
-        twin = deepcopy(model)
+        twin = _twin(model)
         with dropout(twin, 0.): update_bn(dl, twin, next(twin.parameters()).device)
         model.load_state_dict(twin.state_dict())
+
+def _twin(model):
+    "A copy of `model` that shares its hooks: what hooks keep, such as `ActivationStats`, cannot always be copied"
+    names = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+    hooks = [getattr(m, name) for m in model.modules() for name in names]
+    return deepcopy(model, memo={id(h): h for h in hooks})
 
 # %% ../nbs/08_learner.ipynb #5076499b
 @patch

@@ -1,0 +1,60 @@
+"fastai's trackers with the default learner: they write what the fit used"
+import sys
+from numbers import Number
+from types import SimpleNamespace
+import pytest
+from fastai.callback.hook import ActivationStats
+from mnist_block3.all import Block3, block3_learner, Callback, CSVLogger, history, mnist_dls
+
+
+@pytest.fixture(scope='module')
+def dls(): return mnist_dls(valid='reference', n_train=128, device='cpu') # 2 steps an epoch
+
+
+class Used(Callback):
+    "The values of each step, from PyTorch's optimizer itself"
+    def before_fit(self): self.values = dict(lr=[], momentum=[])
+    def before_step(self):
+        for k,v in self.values.items(): v.append(self.opt.opt.param_groups[0][k])
+
+
+@pytest.mark.parametrize('fit', ['fit', 'fit_tuned', 'fit_one_cycle'])
+def test_tensorboard_logs_each_step(dls, tmp_path, capsys, fit):
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = block3_learner(dls, cbs=[Used(), TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)])
+    with learn.no_bar(): getattr(learn, fit)(2)
+    assert capsys.readouterr().out.count("Taking fastai's own training loop") == 1
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for tag,key in (('lr_0', 'lr'), ('mom_0', 'momentum')):
+        logged = {e.step: e.value for e in events.Scalars(tag)} # evaluation repeats the last step
+        assert list(logged) == [1, 2, 3, 4]
+        assert list(logged.values()) == pytest.approx(learn.used.values[key])
+
+
+def test_wandb_is_sent_numbers(dls, monkeypatch):
+    sent = []
+    wandb = SimpleNamespace(run=SimpleNamespace(step=0), config={}, log=lambda row, step=None: sent.append(row))
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    from fastai.callback.wandb import WandbCallback
+    learn = block3_learner(dls, cbs=WandbCallback(log_preds=False))
+    with learn.no_bar(): learn.fit(1)
+    hypers = [{k: v for k,v in row.items() if k.endswith('_0')} for row in sent if 'lr_0' in row]
+    assert len(hypers) == 2
+    assert all(isinstance(v, Number) for row in hypers for v in row.values()), hypers[0]
+
+
+def test_csv_has_the_rows_of_history(dls, tmp_path):
+    learn = block3_learner(dls, cbs=CSVLogger(), path=tmp_path)
+    with learn.no_bar(): learn.fit(2)
+    rows = learn.csv_logger.read_log().rename(columns={'accuracy': 'valid_accuracy'})
+    same = ['train_loss', 'valid_loss', 'valid_accuracy']
+    assert rows[same].values.tolist() == history(learn)[same].values.tolist()
+
+
+def test_activation_stats_with_the_tuned_recipe(dls):
+    model = Block3()
+    learn = block3_learner(dls, model, cbs=ActivationStats(modules=[model.head]))
+    with learn.no_bar(): learn.fit_tuned(1) # `PreciseBN` at its end copies the model
+    assert len(learn.activation_stats.stats) == 2
