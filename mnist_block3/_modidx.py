@@ -226,6 +226,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mnist_block3.learner.History.before_train': ( 'learner.html#history.before_train',
                                                                                      'mnist_block3/learner.py'),
                                       'mnist_block3.learner.History.row': ('learner.html#history.row', 'mnist_block3/learner.py'),
+                                      'mnist_block3.learner.History.rows_before': ( 'learner.html#history.rows_before',
+                                                                                    'mnist_block3/learner.py'),
                                       'mnist_block3.learner.Learner.fit_tuned': ( 'learner.html#learner.fit_tuned',
                                                                                   'mnist_block3/learner.py'),
                                       'mnist_block3.learner.NLLLossFlat': ('learner.html#nlllossflat', 'mnist_block3/learner.py'),

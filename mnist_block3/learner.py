@@ -76,14 +76,18 @@ class History(Callback):
     "Keep a row for each epoch of the last fit"
     order = 51 # after `Recorder`
     def __init__(self): self.rows = []
-    def before_fit(self): self.trained = False
+    def before_fit(self):
+        self.trained = False
+        self.begins = True
+
     def before_epoch(self): self.began = time.perf_counter()
 
     def before_train(self):
         self.n_right = 0
         self.n_seen = 0
         self.trained = not hasattr(self.learn, 'lr_finder')
-        if self.trained: self.rows = [row for row in self.rows if row['epoch'] <= self.epoch]
+        if self.trained and self.begins: self.rows = self.rows_before(self.epoch)
+        self.begins = False
 
     def after_batch(self):
         if not self.training or self.pred.shape[:-1] != self.y.shape: return
@@ -97,6 +101,13 @@ class History(Callback):
     def after_epoch(self):
         if self.trained: self.rows.append(self.row())
         self.trained = False
+
+# %% ../nbs/08_learner.ipynb #8b40d6f2
+@patch
+def rows_before(self:History, epoch):
+    "The rows up to `epoch`, or none where the one just before it is missing"
+    rows = [row for row in self.rows if row['epoch'] <= epoch]
+    return rows if rows and rows[-1]['epoch'] == epoch else []
 
 # %% ../nbs/08_learner.ipynb #a9b2dc5e
 @patch
