@@ -21,19 +21,47 @@ from .data import DigitDL
 
 # %% ../nbs/15_distributed.ipynb #2053d82a
 def join_processes(
-    device:str|torch.device=None, # 'cpu', or 'cuda'; `None`: the GPUs if there are any
-    minutes:float=10, # How long to wait for another process before it is given up
+    device:str|torch.device=None, # 'cpu' or 'cuda'; `None`: the GPUs if there are any
+    minutes:float=10, # How long to wait for another process before giving up
 ):
-    "Become one of the processes that a launcher has started, as its variables `RANK` and `WORLD_SIZE` say; a second call does nothing"
+    "Join the processes that a launcher has started, by its variables `RANK` and `WORLD_SIZE`; once is enough"
     cpu = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')).type == 'cpu'
     PartialState(cpu=cpu, timeout=timedelta(minutes=minutes))
-    if cpu: atexit.register(teardown_distrib) # gloo's threads would outlive the interpreter, and abort now and then
+    # gloo's threads would outlive the interpreter, and abort now and then
+    if cpu: atexit.register(teardown_distrib)
+
+# %% ../nbs/15_distributed.ipynb #763e738c
+def _part(rank, n_processes, n_batch):
+    "The part of a batch of `n_batch` images that is in the share of a process"
+    return len(range(rank, n_batch, n_processes))/n_batch
+
+# %% ../nbs/15_distributed.ipynb #056cf7d2
+def _from_first(
+    t:torch.Tensor, # In each process
+    device:torch.device, # The device of this process
+) -> torch.Tensor: # That of the first process, on the CPU
+    "`t` as the first process has it"
+    t = t.to(device)
+    distributed.broadcast(t, 0)
+    return t.cpu()
+
+def _gather(
+    rows:torch.Tensor, # Of this process
+    n_batch:int, # Rows of all processes
+) -> torch.Tensor: # All of them
+    "The rows of all processes in the order of the batch"
+    n_processes = distributed.get_world_size()
+    mine = rows.new_zeros(-(-n_batch//n_processes), *rows.shape[1:])
+    mine[:len(rows)] = rows.detach()
+    parts = [torch.empty_like(mine) for _ in range(n_processes)]
+    distributed.all_gather(parts, mine)
+    return torch.stack(parts, 1).flatten(0, 1)[:n_batch]
 
 # %% ../nbs/15_distributed.ipynb #79c7043f
 class DataParallelTrainer(DistributedTrainer):
-    "Wrap the model in `DistributedDataParallel`, have each process take its share of each batch, and put the batch together again"
+    "Have each process train on its share of each batch, and put predictions and loss of the batch together"
     def __init__(self,
-        sync_bn=True, # Let BatchNorm see the whole batch by `nn.SyncBatchNorm`, which there is for GPUs only
+        sync_bn=True, # Let BatchNorm see the whole batch with `nn.SyncBatchNorm`, on GPUs
         **kwargs # More for `Accelerator`
     ):
         join_processes('cpu' if kwargs.get('cpu') else None)
@@ -41,59 +69,51 @@ class DataParallelTrainer(DistributedTrainer):
         self.sync_bn = sync_bn and self.accelerator.device.type == 'cuda'
 
     def before_fit(self):
-        self.bns = {k: o for k,o in self.model.named_modules() if isinstance(o, _BatchNorm) and self.sync_bn}
+        self.bns = {k: m for k,m in self.model.named_modules() if isinstance(m, _BatchNorm) and self.sync_bn}
         super().before_fit()
 
     def _wrap_dl(self, dl):
-        if not isinstance(dl, DigitDL): raise ValueError(f'{type(dl).__name__}: data-parallel training takes the loaders of mnist_dls')
+        if not isinstance(dl, DigitDL):
+            raise ValueError(f'{type(dl).__name__}: data-parallel training takes the loaders of mnist_dls')
         dl.shard = self.accelerator.process_index,self.accelerator.num_processes
         return dl
-
-    def _from_first(self, t):
-        "`t` as the first process has it"
-        t = t.to(self.accelerator.device)
-        distributed.broadcast(t, 0)
-        return t.cpu()
-
-    def _same_order(self):
-        "Have the loader shuffle as the first process's does"
-        kind,state,gauss = self.dl.rng.getstate()
-        self.dl.rng.setstate((kind, tuple(self._from_first(torch.tensor(state)).tolist()), gauss))
 
     def before_train(self):
         super().before_train()
         self._same_order()
-        rank,seed = self.dl.shard[0],self._from_first(torch.randint(2**62, (1,))).item()
+        rank = self.dl.shard[0]
+        seed = _from_first(torch.randint(2**62, (1,)), self.accelerator.device).item()
         if rank: torch.manual_seed(seed + rank)
 
     def before_validate(self):
         super().before_validate()
         self._same_order()
         if getattr(getattr(self.learn, 'gather_preds', None), 'with_input', False):
-            raise ValueError('with_input=True: each process has its share of the images only; take them from the loader')
+            raise ValueError('with_input=True: each process has its share of the images only; '
+                             'take them from the loader')
+
+    def _same_order(self):
+        "Have the loader shuffle as the first process's does"
+        kind,state,gauss = self.dl.rng.getstate()
+        state = _from_first(torch.tensor(state), self.accelerator.device)
+        self.dl.rng.setstate((kind, tuple(state.tolist()), gauss))
 
     @property
     def n_batch(self): return min(self.dl.bs, self.dl.n - self.iter*self.dl.bs)
 
-    def _whole(self, t):
-        "The rows of all processes in the order of the batch"
-        n = self.accelerator.num_processes
-        mine = t.new_zeros(-(-self.n_batch//n), *t.shape[1:])
-        mine[:len(t)] = t.detach()
-        parts = [torch.empty_like(mine) for _ in range(n)]
-        distributed.all_gather(parts, mine)
-        return torch.stack(parts, 1).flatten(0, 1)[:self.n_batch]
-
-    def _put_together(self): self.learn.pred,self.learn.yb = self._whole(self.pred),tuple(map(self._whole, self.yb))
+    def _put_together(self):
+        self.learn.pred = _gather(self.pred, self.n_batch)
+        self.learn.yb = tuple(_gather(y, self.n_batch) for y in self.yb)
 
     def after_pred(self):
         if not self.training: self._put_together()
 
     def after_loss(self):
         if not self.training: return
-        rank,n = self.dl.shard
-        part = len(range(rank, self.n_batch, n))/self.n_batch
-        self.learn.loss_grad,self.learn.loss = self.loss_grad*n*part,self.loss.detach()*part
+        rank,n_processes = self.dl.shard
+        part = _part(rank, n_processes, self.n_batch)
+        self.learn.loss_grad = self.loss_grad*n_processes*part
+        self.learn.loss = self.loss.detach()*part
         distributed.all_reduce(self.learn.loss)
         self._put_together()
 
@@ -102,21 +122,22 @@ class DataParallelTrainer(DistributedTrainer):
 
     def after_fit(self):
         super().after_fit()
-        self.accelerator.free_memory() # which holds what `DistributedDataParallel` holds
-        for k,o in self.bns.items():
-            o.load_state_dict(self.model.get_submodule(k).state_dict()) # statistics; the weights are the same tensors
-            self.model.set_submodule(k, o)
-        for o in self.dls: o.shard = DigitDL.shard
+        self.accelerator.free_memory() # it holds what `DistributedDataParallel` holds
+        for name,bn in self.bns.items():
+            trained = self.model.get_submodule(name)
+            bn.load_state_dict(trained.state_dict()) # the statistics; the weights are the same tensors
+            self.model.set_submodule(name, bn)
+        for dl in self.dls: dl.shard = DigitDL.shard
 
 # %% ../nbs/15_distributed.ipynb #3c71c8d9
 @patch
 def to_distributed(self:Learner,
-    sync_bn=True, # Let BatchNorm see the whole batch by `nn.SyncBatchNorm`, on GPUs
+    sync_bn=True, # Let BatchNorm see the whole batch with `nn.SyncBatchNorm`, on GPUs
     **kwargs # More for `Accelerator`
 ):
-    "Add `DataParallelTrainer`, move all to this process's device, and show progress in the first process only"
-    cpu = torch.device(self.dls.device).type == 'cpu'
-    cb = DataParallelTrainer(sync_bn, **({'cpu': True} if cpu else {}) | kwargs)
+    "Add `DataParallelTrainer`, move all to this process's device, and show progress in the first one only"
+    if torch.device(self.dls.device).type == 'cpu': kwargs = {'cpu': True} | kwargs
+    cb = DataParallelTrainer(sync_bn, **kwargs)
     self.dls.to(cb.accelerator.device)
     self.model.to(cb.accelerator.device)
     self.add_cb(cb)
