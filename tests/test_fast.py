@@ -93,7 +93,9 @@ def shown(learn): learn.fast_epoch.bar_seconds = 0.; learn.add_cb(ProgressCallba
     tuned, schedulers, two_rates, frozen, loaded, exported, new_optimizer, late_start, stopped_early,
     found_rate, channels_last, named_device, evaluated, shown])
 def test_fits(device, tmp_path, fit):
-    def two_groups(model): return [[*model[1].input_block.parameters()], [*model[1].head.parameters()]]
+    def two_groups(model):
+        params = list(model.parameters())
+        return [params[:4], params[4:]]
     train_both(device, fit, splitter=two_groups, path=tmp_path)
 
 @compiled_too
