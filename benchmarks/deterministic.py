@@ -1,5 +1,5 @@
-"""What it costs to compute the same bits each time: fits of one seed with PyTorch's own choice of cuDNN kernels and with those
-that are the same from run to run, in turn; a hash tells which fits ended with the same weights."""
+"""The cost of the same bits each time, for `gpu.sh`: fits of one seed with the fastest cuDNN kernels and with
+deterministic ones, in turn. A hash tells which fits ended with the same weights."""
 import hashlib, json
 from argparse import ArgumentParser
 from pathlib import Path
@@ -11,11 +11,12 @@ from bench import here, start
 
 def fit(deterministic, args):
     "Seconds of each epoch but the first, the engine, and a hash of the weights"
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=deterministic, allow_tf32=True):
+    flags = dict(enabled=True, benchmark=False, deterministic=deterministic, allow_tf32=True)
+    with torch.backends.cudnn.flags(**flags):
         set_seed(0)
         learn = block3_learner(mnist_dls(device=args.device, n_train=args.n_train))
         with learn.no_bar(), learn.no_logging(): learn.fit_tuned(args.epochs)
-    weights = b''.join(o.cpu().numpy().tobytes() for o in learn.model.state_dict().values())
+    weights = b''.join(t.cpu().numpy().tobytes() for t in learn.model.state_dict().values())
     return history(learn).seconds.tolist()[1:], learn.fast_epoch.engine, hashlib.sha1(weights).hexdigest()[:8]
 
 
@@ -26,16 +27,19 @@ def main():
     p.add_argument('--epochs', type=int, default=4, help='epochs a fit; the first is not counted')
     p.add_argument('--n_train', type=int, help='training images; all if not given')
     p.add_argument('--out', type=Path, default=here.parent/'nbs'/'results'/'speed'/'deterministic.json')
-    a,rows = p.parse_args(),[]
-    for r in range(a.rounds):
+    args = p.parse_args()
+    rows = []
+    for i in range(args.rounds):
         for deterministic in (False, True):
-            seconds,engine,weights = fit(deterministic, a)
-            rows += [dict(round=r, deterministic=deterministic, engine=engine, weights=weights, seconds=o) for o in seconds]
-    df = pd.DataFrame(rows)
-    print(df.groupby('deterministic').agg(minimum=('seconds', 'min'), median=('seconds', 'median'), different_weights=('weights', 'nunique')))
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    about = dict(start=start(), epochs=a.epochs, n_train=a.n_train, **run_environment(torch.device(a.device)))
-    a.out.write_text(json.dumps(about | dict(rows=rows), indent=1))
+            seconds,engine,weights = fit(deterministic, args)
+            row = dict(round=i, deterministic=deterministic, engine=engine, weights=weights)
+            rows += [row | dict(seconds=s) for s in seconds]
+    table = pd.DataFrame(rows).groupby('deterministic')
+    print(table.seconds.agg(['min', 'median']).assign(different_weights=table.weights.nunique()))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    about = dict(start=start(), epochs=args.epochs, n_train=args.n_train)
+    about |= run_environment(torch.device(args.device))
+    args.out.write_text(json.dumps(about | dict(rows=rows), indent=1))
 
 
 if __name__ == '__main__': main()

@@ -13,12 +13,14 @@ def read_split(split):
     def read(name, skip):
         data = gzip.decompress((mnist_path/f'{split}-{name}.gz').read_bytes())
         return torch.from_numpy(np.frombuffer(data, np.uint8, offset=skip).copy())
-    return read('images-idx3-ubyte', 16).view(-1, 28, 28),read('labels-idx1-ubyte', 8).long()
+    return read('images-idx3-ubyte', 16).view(-1, 28, 28), read('labels-idx1-ubyte', 8).long()
 
 
 class Clock:
-    "Notes when a fit begins ('fit'), and in each epoch training ('train'), evaluation ('valid') and the end ('end')"
-    def __init__(self, device): self.device,self.marks = device,[]
+    "Note when a fit begins ('fit'), and in each epoch training ('train'), evaluation ('valid') and its 'end'"
+    def __init__(self, device):
+        self.device = device
+        self.marks = []
 
     def __call__(self, event):
         if self.device == 'cuda': torch.cuda.synchronize()
@@ -27,7 +29,7 @@ class Clock:
     def at(self, event): return [t for e,t in self.marks if e == event]
 
     def epochs(self):
-        "Seconds of each epoch: to train, to evaluate, and from the end of the one before (or the call of `fit`) on"
+        "Seconds of each epoch: to train, to evaluate, and since the last epoch or the call of `fit`"
         ends = self.at('end')
-        times = zip(self.at('train'), self.at('valid'), ends, self.at('fit')+ends)
-        return [dict(train=v-t, valid=e-v, epoch=e-b) for t,v,e,b in times]
+        times = zip(self.at('fit') + ends, self.at('train'), self.at('valid'), ends)
+        return [dict(train=valid-train, valid=end-valid, epoch=end-last) for last,train,valid,end in times]

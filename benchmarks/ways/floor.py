@@ -20,15 +20,17 @@ def seconds(f, device, n=10):
 def work():
     """FLOPs and bytes an image, in training and in evaluation, float32.
 
-    FLOPs are those that PyTorch's own counter finds (a multiply-add is two). Bytes are the least that a pass unit by unit
-    moves: the image is read; what a unit gives out is written and read once forward, and backward it is read once more,
-    and its gradient written and read. Weights are left out, since a batch shares them."""
-    model,bs = Block3(),64
-    x,y = torch.randn(bs, 1, 28, 28),torch.zeros(bs, dtype=torch.long)
+    PyTorch's own counter finds the FLOPs (a multiply-add is two). Bytes are the least that a pass by units
+    moves. The image is read. Forward, each unit's output is written and read; backward, it is read again, and
+    its gradient written and read. Weights are left out, since a batch shares them."""
+    bs = 64
+    model = Block3()
+    x = torch.randn(bs, 1, 28, 28)
+    y = torch.zeros(bs, dtype=torch.long)
     with FlopCounterMode(display=False) as train: F.nll_loss(model(x), y).backward()
     with torch.no_grad(), FlopCounterMode(display=False) as valid: model(x)
     table = layer_table(model)
-    n_out = sum(map(math.prod, table.output_shape[table.layer == 'Dropout2d']))
+    n_out = sum(math.prod(shape) for shape in table.output_shape[table.layer == 'Dropout2d'])
     return dict(train_flops=train.get_total_flops()/bs, valid_flops=valid.get_total_flops()/bs,
                 train_bytes=4*(28*28 + 5*n_out), valid_bytes=4*(28*28 + 2*n_out))
 

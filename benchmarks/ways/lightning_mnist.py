@@ -18,17 +18,21 @@ def make_files(folder, splits):
     for f in mnist_path.glob('*.gz'): (raw/f.stem).write_bytes(gzip.decompress(f.read_bytes()))
 
 
+def make_dl(ds, **kwargs): return DataLoader(ds, batch_size=64, num_workers=n_workers, **kwargs)
+
+
 class MNISTDataModule(L.LightningDataModule):
     def __init__(self, folder, n_train):
         super().__init__()
-        self.folder,self.n_train = folder,n_train
+        self.folder = folder
+        self.n_train = n_train
 
     def setup(self, stage):
         self.train = Subset(MNIST(self.folder, train=True, transform=tfms), range(self.n_train))
         self.test = MNIST(self.folder, train=False, transform=T.Compose(tfms.transforms[-2:]))
 
-    def train_dataloader(self): return DataLoader(self.train, batch_size=64, shuffle=True, num_workers=n_workers)
-    def val_dataloader(self): return DataLoader(self.test, batch_size=64, num_workers=n_workers)
+    def train_dataloader(self): return make_dl(self.train, shuffle=True)
+    def val_dataloader(self): return make_dl(self.test)
 
 
 class LitBlock3(L.LightningModule):
@@ -48,7 +52,7 @@ class LitBlock3(L.LightningModule):
 
     def configure_optimizers(self):
         opt = optimizer(self)
-        return [opt],[torch.optim.lr_scheduler.StepLR(opt, step_size=15, gamma=0.1)]
+        return [opt], [torch.optim.lr_scheduler.StepLR(opt, step_size=15, gamma=0.1)]
 
 
 class Timer(L.Callback):
@@ -60,10 +64,12 @@ class Timer(L.Callback):
 
 def run(clock, device, n_train, n_epoch, files, **kwargs):
     "Train, and evaluate on the test images"
-    model,data = LitBlock3(),MNISTDataModule(files, n_train)
-    trainer = L.Trainer(max_epochs=n_epoch, accelerator='gpu' if device == 'cuda' else 'cpu', devices=1, logger=False,
+    accelerator = 'gpu' if device == 'cuda' else 'cpu'
+    trainer = L.Trainer(max_epochs=n_epoch, accelerator=accelerator, devices=1, logger=False,
                         callbacks=[Timer(clock)], enable_checkpointing=False, enable_progress_bar=False,
                         enable_model_summary=False, num_sanity_val_steps=0)
+    model = LitBlock3()
+    data = MNISTDataModule(files, n_train)
     clock('fit')
     trainer.fit(model, data)
     return dict(accuracy=trainer.callback_metrics['val_acc'].item(), lightning=L.__version__)

@@ -1,4 +1,4 @@
-"Good plain PyTorch: images stay on the device, batches are taken by index and augmented there, no number leaves it"
+"Good plain PyTorch: images stay on the device, where batches are taken by index and augmented"
 import math
 import torch, torch.nn.functional as F
 from mnist_block3.model import Block3
@@ -11,7 +11,9 @@ def augment(x):
     "Scale up the centre of one image in ten, and rotate each by up to 5°"
     angle = (torch.rand(len(x), device=x.device)*2 - 1)*5*math.pi/180
     scale = torch.where(torch.rand(len(x), device=x.device) < 0.1, 22/28, 1.)
-    cos,sin,zero = scale*angle.cos(),scale*angle.sin(),torch.zeros_like(angle)
+    cos = scale*angle.cos()
+    sin = scale*angle.sin()
+    zero = torch.zeros_like(angle)
     theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
 
@@ -21,7 +23,8 @@ def batches(images, labels, bs, train):
     order = (torch.randperm if train else torch.arange)(len(images), device=images.device)
     for i in order.split(bs):
         x = images[i][:,None].float()/255
-        yield ((augment(x) if train else x) - 0.1307)/0.3081,labels[i]
+        if train: x = augment(x)
+        yield (x - 0.1307)/0.3081, labels[i]
 
 
 def optimizer(model): return torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.8, fused=True)
@@ -49,8 +52,8 @@ def evaluate(model, batches):
 
 def run(clock, device, n_train, n_epoch, **kwargs):
     "Train, and evaluate on the test images"
-    (images,labels),(test_images,test_labels) = ([o.to(device) for o in read_split(s)] for s in ('train', 't10k'))
-    images,labels = images[:n_train],labels[:n_train]
+    images,labels = [t[:n_train].to(device) for t in read_split('train')]
+    test_images,test_labels = [t.to(device) for t in read_split('t10k')]
     model = Block3().to(device)
     opt = optimizer(model)
     sched = torch.optim.lr_scheduler.StepLR(opt, step_size=15, gamma=0.1)
