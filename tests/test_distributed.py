@@ -156,13 +156,6 @@ def test_each_takes_a_gpu_of_its_own(monkeypatch, tmp_path):
     assert not (tmp_path/'run').exists()
 
 
-def test_how_to_go_on_names_the_launcher(monkeypatch):
-    from mnist_block3.cli import _how_to_go_on
-    assert _how_to_go_on('a run') == "; go on with: block3_train --resume 'a run'"
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    assert _how_to_go_on('run') == '; go on with the same launcher and: block3_train --resume run'
-
-
 @pytest.mark.slow
 def test_mistake_ends_all(tmp_path):
     (tmp_path/'x').write_text('taken')

@@ -10,7 +10,7 @@ from fastprogress.fastprogress import ConsoleMasterBar, NBMasterBar
 from mnist_block3.all import (
     accuracy, ActivationStats, Block3, block3_learner, BnFreeze, Callback, CancelTrainException,
     CancelValidException, ChannelsLast, CropRotate, CrossEntropyLossFlat, CSVLogger, DataLoaders,
-    EarlyStoppingCallback, error_rate, F1Score, FastEpoch, GradientClip, history, JudgeAlso,
+    EarlyStoppingCallback, error_rate, F1Score, FastEpoch, GradientClip, history,
     LabelSmoothingCrossEntropyFlat, MCDropoutCallback, MixedPrecision, MixUp, mnist_dls, NLLLossFlat, noop,
     OptimWrapper, ParamScheduler, Perplexity, ProgressCallback, RandTransform, Recorder, SaveModelCallback,
     SchedCos, SchedLin, set_seed, SGD, ShortEpochCallback, TensorImage)
@@ -174,7 +174,7 @@ class LateRate(Callback):
 @pytest.mark.filterwarnings('ignore:You are shadowing') # `ActivationStats` does
 @pytest.mark.parametrize('cbs,want', [
     (partial(SaveModelCallback, every_epoch=True, with_opt=True), 'fast'), (BnFreeze, 'fast'),
-    (JudgeAlso, 'fast'), (MCDropoutCallback, 'fast'), (SkipsParts, 'fast'), (LateRate, 'plain'),
+    (MCDropoutCallback, 'fast'), (SkipsParts, 'fast'), (LateRate, 'plain'),
     (partial(ParamScheduler, {'lr': SchedCos(0.1, 0.01), 'mom': SchedLin(0.5, 0.9)}), 'fast'),
     (partial(ParamScheduler, {'wd': SchedLin(0., 0.1)}), 'plain'), (ActivationStats, 'plain'),
     (partial(ShortEpochCallback, 0.5), 'plain'), (partial(MixedPrecision, 'fp16'), 'plain'),

@@ -63,7 +63,7 @@ def test_console(folder):
 
 def test_console_as_json(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    block3_predict.__wrapped__(['0.png'], json=True)
+    block3_predict(['0.png'], json=True)
     row = json.loads(capsys.readouterr().out)
     assert row['digit'] == 7 and len(row['probabilities']) == 10 and row['path'] == '0.png'
 
@@ -91,8 +91,8 @@ def test_export(tmp_path, mnist):
 
 
 def test_export_of_an_unknown_format():
-    with pytest.raises(SystemExit, match="block3_export: formats='onxx': formats are safetensors, onnx, js"):
-        block3_export.__wrapped__(formats='onxx')
+    with pytest.raises(ValueError, match="formats='onxx': formats is one of 'safetensors', 'onnx', 'js'"):
+        block3_export(formats='onxx')
 
 
 @pytest.mark.slow

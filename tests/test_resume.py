@@ -270,7 +270,7 @@ def console(folder, *args):
 @pytest.mark.parametrize('num,code', [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_signals(tmp_path, num, code):
     "One line on how to resume, which works"
-    run = dict(epochs=3, n_train=1920, bs=16, valid='reference', device='cpu')
+    run = dict(epochs=3, n_train=960, bs=16, valid='reference', device='cpu')
     args = [str(part) for k,v in run.items() for part in (f'--{k}', v)]
     p = console(tmp_path, *args, '--out', 'a run')
     for line in p.stdout:

@@ -39,11 +39,11 @@ def test_what_a_run_keeps(tmp_path):
 
 def test_judging_also_as_the_reference_did_changes_nothing_else(tmp_path):
     "And comes, on what is not augmented, to what scikit-learn counts"
-    (a,fa),(b,fb) = (train_run(tmp_path/str(also), **few | dict(epochs=1, valid='test', also_reference=also)) for also in (False, True))
+    (a,fa),(b,fb) = (train_run(tmp_path/str(also), **few | dict(epochs=1, also_reference=also)) for also in (False, True))
     assert all(torch.equal(p, q) for p,q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
     ha,hb = (pd.read_csv(folder/'history.csv').drop(columns='seconds') for folder in (fa, fb))
     assert ha.equals(hb[list(ha)]) and set(hb) - set(ha) == {'reference_correct', 'reference_total'}
-    dls = mnist_dls(n_train=320, aug_tfms=[], device='cpu')
+    dls = mnist_dls(valid='reference', n_train=320, aug_tfms=[], device='cpu')
     learn = block3_learner(dls, cbs=JudgeAlso(dls.train))
     learn.remove_cb(ProgressCallback)
     with learn.no_logging(): learn.fit_tuned(1) # which distorts the images that it trains on only
