@@ -42,18 +42,20 @@ def check_flag(**settings):
     "Raise `ValueError` for a setting that is neither `True` nor `False`"
     _check(lambda v: isinstance(v, bool), 'True or False', settings)
 
-# %% ../nbs/00_basics.ipynb #2d9e4f1a
+# %% ../nbs/00_basics.ipynb #55306543
+def _is_real(value): return isinstance(value, Real) and not isinstance(value, bool)
+
 def check_rate(**settings):
     "Raise `ValueError` for a setting that is not a finite number above 0"
-    _check(lambda v: isinstance(v, Real) and 0 < v < math.inf, 'a number above 0', settings)
+    _check(lambda v: _is_real(v) and 0 < v < math.inf, 'a number above 0', settings)
 
 def check_amount(**settings):
     "Raise `ValueError` for a setting that is not a finite number from 0 on"
-    _check(lambda v: isinstance(v, Real) and 0 <= v < math.inf, 'a number from 0 on', settings)
+    _check(lambda v: _is_real(v) and 0 <= v < math.inf, 'a number from 0 on', settings)
 
 def check_share(**settings):
     "Raise `ValueError` for a setting that is not at least 0 and below 1"
-    _check(lambda v: isinstance(v, Real) and 0 <= v < 1, 'at least 0 and below 1', settings)
+    _check(lambda v: _is_real(v) and 0 <= v < 1, 'at least 0 and below 1', settings)
 
 # %% ../nbs/00_basics.ipynb #4b1b404a
 package_path = Path(str(files('mnist_block3')))

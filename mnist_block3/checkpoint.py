@@ -6,7 +6,7 @@
 __all__ = ['random_state', 'set_random_state', 'fit_state', 'set_fit_state', 'fit_key', 'checkpoint_bytes', 'read_checkpoint',
            'Checkpoint']
 
-# %% ../nbs/10_checkpoint.ipynb #5cb9116e
+# %% ../nbs/10_checkpoint.ipynb #ee3c3931
 import hashlib, json, random
 from numbers import Number
 from pathlib import Path
@@ -16,15 +16,15 @@ from safetensors.torch import load, save
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelEpochException
-from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer
 from fastai.torch_core import get_model, rank_distrib, to_device
 from .basics import write_whole
+from .fast import schedulers
 from .learner import History
 
-# %% ../nbs/10_checkpoint.ipynb #dfbdcf06
+# %% ../nbs/10_checkpoint.ipynb #5fba3406
 def random_state(
     dls, # `DataLoaders` of fastai
 ) -> dict: # Tensors, numbers and lists
@@ -34,7 +34,7 @@ def random_state(
     return dict(torch=torch.get_rng_state(), cuda=cuda, numpy=[kind, keys.tolist(), *rest],
                 python=random.getstate(), loaders=[dl.rng.getstate() for dl in dls.loaders])
 
-def _python_state(state):
+def _rng_tuple(state):
     version,numbers,gauss = state
     return version, tuple(numbers), gauss # JSON made a list of it
 
@@ -46,24 +46,24 @@ def set_random_state(
     torch.set_rng_state(state['torch'])
     if state['cuda'] is not None and dls.device.type == 'cuda': torch.cuda.set_rng_state(state['cuda'], dls.device)
     np.random.set_state(state['numpy'])
-    random.setstate(_python_state(state['python']))
-    for dl,rng in zip(dls.loaders, state['loaders']): dl.rng.setstate(_python_state(rng))
+    random.setstate(_rng_tuple(state['python']))
+    for dl,rng in zip(dls.loaders, state['loaders']): dl.rng.setstate(_rng_tuple(rng))
 
-# %% ../nbs/10_checkpoint.ipynb #0b82b47b
-def _schedulers(learn): return [cb for cb in learn.cbs.sorted('order') if isinstance(cb, ParamScheduler) and hasattr(cb, 'hps')]
-
+# %% ../nbs/10_checkpoint.ipynb #34e9ea67
 def fit_state(
     learn:Learner, # Made by `block3_learner`, at the end of an epoch
 ) -> dict: # Tensors, numbers and strings, in dicts and lists
     "All that the rest of the fit depends on, and what it has recorded"
     rec = learn.recorder
-    recorded = dict(values=rec.values, lrs=rec.lrs, iters=rec.iters, losses=torch.tensor([float(loss) for loss in rec.losses]))
+    losses = torch.tensor([float(loss) for loss in rec.losses])
+    recorded = dict(values=rec.values, lrs=rec.lrs, iters=rec.iters, losses=losses)
     return dict(epoch=learn.epoch + 1, model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
-                random=random_state(learn.dls), recorder=recorded, smooth_loss=[float(rec.smooth_loss.val), rec.smooth_loss.count],
-                hps=[cb.hps for cb in _schedulers(learn)], history=learn.history.rows, train_iter=learn.train_iter,
-                engine=learn.fast_epoch.engine)
+                random=random_state(learn.dls), recorder=recorded,
+                smooth_loss=[float(rec.smooth_loss.val), rec.smooth_loss.count],
+                hps=[cb.hps for cb in schedulers(learn)], history=learn.history.rows,
+                train_iter=learn.train_iter, engine=learn.fast_epoch.engine)
 
-# %% ../nbs/10_checkpoint.ipynb #16702010
+# %% ../nbs/10_checkpoint.ipynb #aec0f66c
 def set_fit_state(
     learn:Learner, # In a fit of as many epochs, at the end of the same epoch
     state:dict, # From `fit_state`
@@ -74,7 +74,7 @@ def set_fit_state(
     set_random_state(learn.dls, state['random'])
     learn.train_iter = state['train_iter']
     learn.history.rows = state['history']
-    for cb,hps in zip(_schedulers(learn), state['hps']): cb.hps = hps
+    for cb,hps in zip(schedulers(learn), state['hps']): cb.hps = hps
     rec = learn.recorder
     for name in ('values', 'lrs', 'iters'): setattr(rec, name, state['recorder'][name])
     rec.losses = list(state['recorder']['losses'].unbind())
@@ -88,7 +88,7 @@ def _set_opt_state(opt, state):
     else: state['state'] = {int(k): v for k,v in state['state'].items()} # JSON made strings of the keys
     opt.load_state_dict(state)
 
-# %% ../nbs/10_checkpoint.ipynb #e1d76cf8
+# %% ../nbs/10_checkpoint.ipynb #43ddbad0
 def fit_key(
     learn:Learner, # In a fit, before its first step
 ) -> dict: # Numbers, strings and lists by name
@@ -98,11 +98,11 @@ def fit_key(
     hypers = [{k: float(v) for k,v in h.items() if isinstance(v, Number)} for h in learn.opt.hypers]
     shapes = {k: list(v.shape) for k,v in get_model(learn.model).state_dict().items()}
     def sample(f): return [np.asarray(f(pct), float).tolist() for pct in (0, 0.3, 0.6, 0.9)]
-    schedules = [{name: sample(f) for name,f in cb.scheds.items()} for cb in _schedulers(learn)]
+    schedules = [{name: sample(f) for name,f in cb.scheds.items()} for cb in schedulers(learn)]
     return dict(epochs=learn.n_epoch, images=len(dl.dataset), batch_size=dl.bs, optimizer=type(opt).__name__,
                 rates=hypers, schedules=schedules, shapes=shapes)
 
-# %% ../nbs/10_checkpoint.ipynb #ed4487fb
+# %% ../nbs/10_checkpoint.ipynb #82f9e835
 def checkpoint_bytes(
     state:dict, # Tensors, numbers and strings, in dicts and lists
 ) -> bytes: # A safetensors file
@@ -118,13 +118,7 @@ def checkpoint_bytes(
     text = json.dumps(state, default=encode)
     return save(tensors, dict(state=text, sha256=_digest(text, tensors)))
 
-def _digest(text, tensors):
-    sha = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        sha.update(f'{name} {t.dtype} {list(t.shape)}'.encode())
-        sha.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+def _digest(text, tensors): return hashlib.sha256(text.encode() + save(tensors)).hexdigest()
 
 # %% ../nbs/10_checkpoint.ipynb #a70c9e89
 def read_checkpoint(
@@ -141,20 +135,20 @@ def read_checkpoint(
         return json.loads(text, object_hook=decode)
     except Exception as e: raise ValueError(f'{file} is damaged, or no checkpoint. Delete it to begin anew') from e
 
-# %% ../nbs/10_checkpoint.ipynb #c362a844
+# %% ../nbs/10_checkpoint.ipynb #61918e01
 class Checkpoint(Callback):
     "Keep the fit in `file` after each epoch; with `resume`, continue the fit that is in it"
     order = 60.1 # after all that adds to the history
     _stateattrs = ('state',)
     def __init__(self,
         file:str|Path, # Replaced after each epoch, whole or not at all
-        resume:bool=False, # Continue from `file` where it exists
+        resume:bool=False, # Continue from `file` where it exists; `False` again after the last epoch
     ):
         self.file = Path(file)
         self.resume = resume
-        self.n_done = 0 # epochs that are not done again
-        self.engine = None # what ran them
-        self.trained = False
+        self.n_done = 0 # epochs in `file`, which this fit skips
+        self.engine = None # what ran those epochs
+        self.trained = False # whether this epoch took steps
 
     def before_fit(self):
         if self.is_no_fit(): return

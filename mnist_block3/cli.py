@@ -60,7 +60,7 @@ def is_first_process() -> bool:
     "Whether this is the first process of a launcher, or the only one"
     return os.environ.get('RANK', '0') == '0'
 
-# %% ../nbs/14_cli.ipynb #fe9659fb
+# %% ../nbs/14_cli.ipynb #8088a623
 def print_anything():
     "Let standard output and error take any text"
     for stream in (sys.stdout, sys.stderr):
@@ -71,7 +71,7 @@ def print_anything():
 def command(
     f, # A function with docments
 ):
-    "Make `f` a console command: run as a script of its name it reads the command line, called from Python it stays a function"
+    "Make `f` a console command, which reads the command line where a script of its name runs"
     @wraps(f)
     def run(*args, **kwargs):
         if args or kwargs or Path(sys.argv[0]).stem != f.__name__: return f(*args, **kwargs)
@@ -126,14 +126,15 @@ def one_setting(
         raise ValueError(f'settings={text!r}: one run has one value of each')
     return {name: values[0] for name,values in grids[0].items()}
 
-# %% ../nbs/14_cli.ipynb #9ea3166d
+# %% ../nbs/14_cli.ipynb #4781e3f6
 @contextmanager
 def _saying_how_to_resume(folder):
     "An interrupted run, or one on a full disk, is told with how to resume it"
     try: yield
     except (KeyboardInterrupt, OSError) as e:
         launcher = ' the same launcher and' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
-        if (folder/'settings.json').exists(): e.add_note(f'resume it with{launcher}: block3_train --resume {shlex.quote(str(folder))}')
+        command = f'block3_train --resume {shlex.quote(str(folder))}'
+        if (folder/'settings.json').exists(): e.add_note(f'resume it with{launcher}: {command}')
         raise
 
 def _report(learn, run):
@@ -143,7 +144,7 @@ def _report(learn, run):
     target = 0.994 if is_mnist and run['epochs'] >= 14 else None
     return block_report(history(learn), target=target, measured=protocols[run['valid']])
 
-# %% ../nbs/14_cli.ipynb #35081103
+# %% ../nbs/14_cli.ipynb #7362fa28
 @command
 @delegates(run_settings)
 def block3_train(
@@ -157,7 +158,7 @@ def block3_train(
     "Train the 7,904-parameter network on MNIST, and keep history, summary, weights and plots in a run folder"
     given = [k for k,p in signature(block3_train).parameters.items() if k in kwargs and kwargs[k] != p.default]
     given += [k for k,v in dict(lr=lr, mom=mom, settings=settings, out=out).items() if v is not None]
-    if resume and given: raise ValueError(f'{", ".join(given)}: a run that is resumed keeps the settings that it began with')
+    if resume and given: raise ValueError(f'{", ".join(given)}: a resumed run keeps the settings that it began with')
     recipe = one_setting(settings, kwargs.get('recipe', 'reference'))
     if lr is not None: recipe['lr'] = lr
     if mom is not None: recipe['mom'] = mom
@@ -173,7 +174,7 @@ def block3_train(
     print(f'\n{_report(learn, read_settings(folder)["settings"])}')
     print(f'\n{", ".join(run_files)} are in {folder}')
 
-# %% ../nbs/14_cli.ipynb #c1c1955f
+# %% ../nbs/14_cli.ipynb #3c9dc3a0
 @command
 @delegates(run_settings, but=['recipe', 'seed'])
 def block3_sweep(
@@ -195,7 +196,8 @@ def block3_sweep(
 
     from mnist_block3.sweep import run_name, sweep, sweep_grid
     runs = sweep_grid(names, seeds, grids, **kwargs)
-    try: study = sweep(runs, out, jobs, threads, retries, ray, address, shlex.join(['block3_sweep', *sys.argv[1:]]))
+    command = shlex.join(['block3_sweep', *sys.argv[1:]])
+    try: study = sweep(runs, out, jobs, threads, retries, ray, address, command)
     except KeyboardInterrupt as e:
         e.add_note('run the same command again to resume')
         raise
@@ -203,7 +205,7 @@ def block3_sweep(
     failed = {run_name(run) for run in runs} - study.done
     if failed: raise RuntimeError(f'{len(failed)} runs failed, see {study.folder/"failures.csv"}')
 
-# %% ../nbs/14_cli.ipynb #1b79daea
+# %% ../nbs/14_cli.ipynb #8c732ce1
 _help = 'Pictures of one digit each: files, folders, patterns'
 _pictures = (fastcore.script.Param(_help, str, nargs='+') if hasattr(fastcore.script, 'Param') # fastcore 1
              else Annotated[str, _help, dict(nargs='+')])
@@ -226,7 +228,8 @@ def block3_predict(
     return 1 if failed else None
 
 def _as_json(file, probs):
-    return json.dumps(dict(path=str(file), digit=int(probs.argmax()), probability=float(probs.max()), probabilities=probs.tolist()))
+    best = dict(digit=int(probs.argmax()), probability=float(probs.max()))
+    return json.dumps(dict(path=str(file), **best, probabilities=probs.tolist()))
 
 # %% ../nbs/14_cli.ipynb #f4ed2cf7
 @command

@@ -39,12 +39,12 @@ def _refuse_dangerous(im):
     if max(tile) > max(*im.size, 1024) + 15:
         raise ValueError(f'its tiles have {tile[0]}×{tile[1]} pixels, it has {im.width}×{im.height}')
 
-# %% ../nbs/02_picture.ipynb #ff98cc5b
+# %% ../nbs/02_picture.ipynb #296d4619
 @contextmanager
 def opened_picture(
     image:Image.Image|str|Path, # A PIL image or the path of a picture
 ): # A PIL image whose pixels have not been read yet
-    "Open a picture; any error in the `with` block becomes a `ValueError` that names the file"
+    "Open a picture; errors but `FileNotFoundError` become a `ValueError` that names the file"
     given = isinstance(image, Image.Image)
     try:
         with nullcontext(image) if given else Image.open(image) as im:

@@ -30,7 +30,7 @@ from .evaluate import plot_history
 from .learner import block3_learner, history
 from .settings import recipe_settings, run_settings
 
-# %% ../nbs/11_run.ipynb #ae2b2aee
+# %% ../nbs/11_run.ipynb #ea4e1e76
 run_files = 'settings.json', 'history.csv', 'summary.json', 'weights.safetensors', 'plots.png'
 
 def default_run_dir() -> Path: # `runs/` and the time
@@ -40,7 +40,7 @@ def default_run_dir() -> Path: # `runs/` and the time
 def new_run_dir(
     out:str|Path=None, # Where; `None`: `default_run_dir()`
 ) -> Path: # An empty folder that can be written to
-    "Make a run folder; raises `ValueError` where `out` has files in it, and `OSError` where it cannot be written"
+    "Make a run folder; raises `ValueError` where it has files in it, `OSError` where it cannot be written"
     folder = Path(out or default_run_dir()).expanduser()
     if folder.is_dir() and any(not f.name.startswith('.') for f in folder.iterdir()):
         raise ValueError(f'{folder} is not empty: a run needs a new folder')
@@ -133,7 +133,7 @@ class EpochLines(Callback):
         if mbar: mbar.write(line)
         else: print(line, flush=True)
 
-# %% ../nbs/11_run.ipynb #613aeef7
+# %% ../nbs/11_run.ipynb #25c38d79
 class JudgeAlso(Callback):
     "Evaluate each epoch by the `reference` protocol too: on the training images, augmented by their loader"
     order = 60
@@ -145,8 +145,9 @@ class JudgeAlso(Callback):
     def before_train(self): self.trained = True
 
     def after_epoch(self):
-        if self.trained: self.history.rows[-1] |= dict(reference_correct=self.n_right(), reference_total=self.judged_dl.n)
+        if not self.trained: return
         self.trained = False
+        self.history.rows[-1] |= dict(reference_correct=self.n_right(), reference_total=self.judged_dl.n)
 
     @torch.no_grad()
     def n_right(self):
@@ -154,14 +155,14 @@ class JudgeAlso(Callback):
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):
             return int(sum((self.model(xb).argmax(1) == yb).sum() for xb,yb in self.judged_dl))
 
-# %% ../nbs/11_run.ipynb #f8c5d87f
+# %% ../nbs/11_run.ipynb #69597a41
 def _join(device):
     "Be one of the processes that a launcher has started, where there are several"
     if num_distrib() < 2: return
     if torch.device(device or 'cpu').index is not None:
-        raise ValueError(f'device={device!r}: each of several processes takes a device of its own, so leave the number out')
+        raise ValueError(f'device={device!r}: each process takes a device of its own, so leave the number out')
     try: from mnist_block3.distributed import join_processes
-    except ImportError: raise ValueError("A run over several processes needs Accelerate, the extra `distributed`") from None
+    except ImportError: raise ValueError('Several processes need Accelerate, the extra `distributed`') from None
     join_processes(device)
 
 def _from_first(f):
@@ -228,11 +229,11 @@ def train_run(
         if not rank_distrib(): write_whole(folder/'settings.json', json.dumps(about, indent=2).encode())
         return _finish(learn, folder, about, bar)
 
-# %% ../nbs/11_run.ipynb #3c07c593
+# %% ../nbs/11_run.ipynb #efcf3349
 def read_settings(
     folder:Path, # A run folder
 ) -> dict: # `settings`, `began`, `versions`, `machine`
-    "What a run began with; raises `ValueError` where `folder` is no run folder, or a setting makes no sense"
+    "What a run began with; raises `ValueError` for other folders, `FileNotFoundError` without its images"
     file = folder/'settings.json'
     if not file.is_file(): raise ValueError(f'{folder} is no run folder: it has no settings.json')
     try:
@@ -249,7 +250,7 @@ def _changes(then, now):
     pairs = [(name, then[part].get(name), now[part][name]) for part in names for name in names[part]]
     return ', '.join(f'{name} {new!r} (was {old!r})' for name,old,new in pairs if new != old)
 
-# %% ../nbs/11_run.ipynb #bfea8884
+# %% ../nbs/11_run.ipynb #da38f554
 def resume_run(
     folder:str|Path, # Run folder of a run that was interrupted
     bar:bool=False, # Show a progress bar
@@ -260,15 +261,11 @@ def resume_run(
     if (folder/'summary.json').is_file(): return None, folder
     with _locked(folder):
         torch.set_num_threads(about['machine']['threads'])
-        run = _with_device(about['settings'])
+        run = about['settings']
+        try: get_device(run['device'])
+        except RuntimeError: run = run | dict(device=None) # this machine lacks it
         _join(run['device'])
         learn = _learner(run)
         changes = _changes(about, run_environment(learn.dls.device))
         if changes and not rank_distrib(): print(f'Resuming with {changes}: the result may differ')
         return _finish(learn, folder, about | dict(settings=run), bar)
-
-def _with_device(run):
-    "`run` on its own device where this machine has it, or else on the default one"
-    try: get_device(run['device'])
-    except RuntimeError: return run | dict(device=None)
-    return run
