@@ -250,6 +250,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'mnist_block3/learner.py'),
                                       'mnist_block3.learner.TorchSGD.hypers': ('learner.html#torchsgd.hypers', 'mnist_block3/learner.py'),
                                       'mnist_block3.learner._dropouts': ('learner.html#_dropouts', 'mnist_block3/learner.py'),
+                                      'mnist_block3.learner._in_autocast': ('learner.html#_in_autocast', 'mnist_block3/learner.py'),
                                       'mnist_block3.learner._not_random': ('learner.html#_not_random', 'mnist_block3/learner.py'),
                                       'mnist_block3.learner._tuned_cbs': ('learner.html#_tuned_cbs', 'mnist_block3/learner.py'),
                                       'mnist_block3.learner._twin': ('learner.html#_twin', 'mnist_block3/learner.py'),

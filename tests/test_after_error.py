@@ -2,7 +2,7 @@
 import copy, signal, subprocess, sys
 from functools import partial
 import pytest, torch
-from mnist_block3.all import block3_learner, Callback, CSVLogger, history, mnist_dls, set_seed
+from mnist_block3.all import block3_learner, Callback, CSVLogger, MixUp, history, mnist_dls, set_seed
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,14 @@ def test_the_next_fit(dls, tmp_path, event, error, fast):
         assert learn.opt.hypers == twin.opt.hypers
         assert learn.fast_epoch.engine == ('eager' if fast and fit is not find else 'plain')
     assert history(learn).epoch.tolist() == [1]
+
+
+def test_neither_loss_nor_autocast_of_the_fit_stays(dls):
+    learn = new_learner(dls, fast=False).to_bf16()
+    loss_func = learn.loss_func
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=[MixUp(), raising('after_pred', KeyboardInterrupt())])
+    assert learn.loss_func is loss_func
+    assert not torch.is_autocast_enabled('cpu')
 
 
 def test_an_evaluation_afterwards_is_no_epoch(dls):
