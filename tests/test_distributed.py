@@ -151,7 +151,7 @@ def test_other_loaders_are_refused(ranks):
 
 def test_each_takes_a_gpu_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(ValueError, match="device='cuda:1': each of several processes takes a device"):
+    with pytest.raises(ValueError, match="device='cuda:1': each process takes a device"):
         train_run(tmp_path/'run', device='cuda:1')
     assert not (tmp_path/'run').exists()
 
