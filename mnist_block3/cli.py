@@ -19,13 +19,14 @@ from fastcore.script import anno_parser
 from .basics import check_choice, write_whole
 from .settings import protocols, recipe_settings, run_settings
 
-# %% ../nbs/14_cli.ipynb #b7ca526e
+# %% ../nbs/14_cli.ipynb #2b385c28
 def parse(
     f, # A function with docments
     args:list, # Command line
 ) -> dict: # Arguments of `f`
     "Read the options of `f`, spelled with `_` or `-`; a mistake ends the process with one line and status 2"
     parser = anno_parser(f, prog=f.__name__)
+    parser.allow_abbrev = False
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}; see {parser.prog} --help\n')
     known = {option.replace('_', '-'): option for option in re.findall(r'--[\w-]+', parser.format_help())}
     parts = [arg.partition('=') for arg in args]
@@ -174,7 +175,7 @@ def block3_train(
     print(f'\n{_report(learn, read_settings(folder)["settings"])}')
     print(f'\n{", ".join(run_files)} are in {folder}')
 
-# %% ../nbs/14_cli.ipynb #3c9dc3a0
+# %% ../nbs/14_cli.ipynb #6ab73654
 @command
 @delegates(run_settings, but=['recipe', 'seed'])
 def block3_sweep(
@@ -182,14 +183,14 @@ def block3_sweep(
     seeds:str='0-4', # Seeds: numbers and ranges, as in 0-9,20
     settings:str=None, # Settings to combine, as in "lr=0.01,0.02 mom=0.9,0.8"; a semicolon separates grids
     out:str='sweep', # Folder of the tables; runs that are in them are skipped
-    jobs:int=None, # Runs at once, with Ray on each GPU; default: one per core, or one per GPU
+    jobs:int=None, # Number of parallel runs (with Ray: per GPU); default: one per core, or one per GPU
     threads:int=None, # Threads a run; default: cores divided by jobs
     retries:int=1, # How often a failed run is tried again
-    ray:bool=False, # Have the runs done by Ray
+    ray:bool=False, # Run them with Ray
     address:str=None, # Address of the Ray cluster; default: the one that Ray finds, or else this machine
     **kwargs
 ):
-    "Train many times, and keep the results in tables; interrupt it and run it again as you like"
+    "Train many times, and keep the results in tables; run the same command again to resume it"
     names = recipes.split(',')
     grids = parse_settings(settings, names)
     seeds = parse_seeds(seeds)
@@ -205,7 +206,7 @@ def block3_sweep(
     failed = {run_name(run) for run in runs} - study.done
     if failed: raise RuntimeError(f'{len(failed)} runs failed, see {study.folder/"failures.csv"}')
 
-# %% ../nbs/14_cli.ipynb #8c732ce1
+# %% ../nbs/14_cli.ipynb #2a9d2202
 _help = 'Pictures of one digit each: files, folders, patterns'
 _pictures = (fastcore.script.Param(_help, str, nargs='+') if hasattr(fastcore.script, 'Param') # fastcore 1
              else Annotated[str, _help, dict(nargs='+')])
@@ -214,9 +215,9 @@ _pictures = (fastcore.script.Param(_help, str, nargs='+') if hasattr(fastcore.sc
 def block3_predict(
     images:_pictures,
     weights:str=None, # Safetensors file or run folder; default: the weights of the package
-    json:bool=False, # Write a JSON object a line, with all ten probabilities
+    json:bool=False, # Print one JSON object per line, with all ten probabilities
 ):
-    "Read the digits in pictures of any size, colours and file format; a line each: path, digit, probability"
+    "Read the digits in pictures of any size, colours and file format; one line per picture: path, digit, probability"
     from mnist_block3.predict import find_images, load_block3, predict_files
     failed = 0
     for file,probs in predict_files(find_images(images), load_block3(weights)):
@@ -231,11 +232,11 @@ def _as_json(file, probs):
     best = dict(digit=int(probs.argmax()), probability=float(probs.max()))
     return json.dumps(dict(path=str(file), **best, probabilities=probs.tolist()))
 
-# %% ../nbs/14_cli.ipynb #f4ed2cf7
+# %% ../nbs/14_cli.ipynb #ff903a2f
 @command
 def block3_export(
     weights:str=None, # Safetensors file or run folder; default: the weights of the package
-    formats:str='safetensors,onnx', # Any of safetensors, onnx (extra `onnx`), js
+    formats:str='safetensors,onnx', # Comma-separated list: safetensors, onnx (needs the extra onnx), js
     out:str='export', # Folder of the files
 ):
     "Write the network for use elsewhere: block3.safetensors, block3.onnx, block3.js"

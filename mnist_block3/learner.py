@@ -133,26 +133,36 @@ def history(
     if not learn._grab_cbs(History): raise ValueError('This learner keeps no history: make it with block3_learner')
     return pd.DataFrame(learn.history.rows)
 
-# %% ../nbs/08_learner.ipynb #ce0e8804
+# %% ../nbs/08_learner.ipynb #0501d790
 class Block3Learner(Learner):
     "A `Learner` whose `fit` leaves nothing behind, also when it raises or is interrupted"
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         if reset_opt or not self.opt: self.create_opt()
         logger = self.logger
         loss_func = self.loss_func
-        autocast = _in_autocast(self.model)
         moms = [h['mom'] for h in self.opt.hypers if 'mom' in h]
-        try: super().fit(n_epoch, lr, wd, cbs, start_epoch=start_epoch)
+        try:
+            with _leaving_autocast(self): super().fit(n_epoch, lr, wd, cbs, start_epoch=start_epoch)
         except BaseException:
             self.opt.zero_grad()
             self.loss_func = loss_func
-            if _in_autocast(self.model) and not autocast: self.mixed_precision.autocast.__exit__(None, None, None)
             raise
         finally:
             self.logger = logger
             if moms: self.opt.set_hyper('mom', moms)
 
-def _in_autocast(model): return torch.is_autocast_enabled(next(model.parameters()).device.type)
+    def _do_epoch_validate(self, *args, **kwargs):
+        with _leaving_autocast(self): super()._do_epoch_validate(*args, **kwargs)
+
+@contextmanager
+def _leaving_autocast(learn):
+    "An exception in a batch leaves fastai's autocast on, for the whole process: leave it here"
+    def is_on(): return torch.is_autocast_enabled(next(learn.model.parameters()).device.type)
+    before = is_on()
+    try: yield
+    except BaseException:
+        if is_on() and not before: learn.mixed_precision.autocast.__exit__(None, None, None)
+        raise
 
 # %% ../nbs/08_learner.ipynb #b1fd2942
 @delegates(Learner, but='default_cbs')

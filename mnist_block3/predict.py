@@ -44,7 +44,7 @@ def predict_digits(
     x = (torch.as_tensor(images)[:,None].float()/255 - mean)/std
     return model(x).exp().numpy()
 
-# %% ../nbs/13_predict.ipynb #111fa754
+# %% ../nbs/13_predict.ipynb #7c9d0224
 def _files(name):
     "The files that `name` stands for, or `name` itself where there are none"
     path = Path(name)
@@ -57,6 +57,7 @@ def find_images(
     names:list, # Files, folders and patterns such as `scans/*.png`
 ) -> list: # `Path`s, each folder's and pattern's sorted
     "The files that `names` stand for; in a folder, those whose name is that of an image"
+    if isinstance(names, (str, Path)): names = [names]
     return [file for name in names for file in _files(name)]
 
 # %% ../nbs/13_predict.ipynb #f30e6739

@@ -73,19 +73,19 @@ def check_folder(
     if folder.is_dir(): return folder
     raise FileNotFoundError(f'{folder} is no folder. `source` is a folder of IDX files, or of images in training/ and testing/')
 
-# %% ../nbs/01_settings.ipynb #f2a4a8f8
+# %% ../nbs/01_settings.ipynb #4028d1a8
 def run_settings(
     recipe:str='reference', # How to train: reference (as the student's notebook did) or tuned
     epochs:int=None, # Epochs to train; default: 15 (reference) or 14 (tuned)
     bs:int=64, # Batch size of the training images
     seed:int=0, # Seed of weights, order, augmentation and dropout
-    valid:str='test', # Evaluation protocol: test (never to choose settings by), holdout (to choose by) or reference
+    valid:str='test', # Evaluation protocol: test (never for choosing settings), holdout (for choosing settings) or reference
     source:str=None, # Folder of IDX files or of images; default: the MNIST in this package
     device:str=None, # cpu, cuda, cuda:1 or mps; default: the GPU if there is one
     n_train:int=None, # Train on the first n_train images only
     bf16:bool=False, # Compute in bfloat16 by autocast
     reproducible:bool=False, # Use cuDNN's deterministic kernels on a GPU
-    fast:bool=True, # Use the fast path where it can run the epochs; --no-fast: use fastai's loop
+    fast:bool=True, # Use the fast path where possible; --no-fast: always use fastai's loop
     also_reference:bool=False, # Evaluate each epoch by the reference protocol too
     **settings # Settings of the recipe in place of its own
 ) -> dict: # All of them by name

@@ -85,6 +85,8 @@ def test_neither_loss_nor_autocast_of_the_fit_stays(dls):
     with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=[MixUp(), raising('after_pred', KeyboardInterrupt())])
     assert learn.loss_func is loss_func
     assert not torch.is_autocast_enabled('cpu')
+    with pytest.raises(KeyboardInterrupt): learn.get_preds(cbs=raising('after_pred', KeyboardInterrupt()))
+    assert not torch.is_autocast_enabled('cpu')
 
 
 def test_an_evaluation_afterwards_is_no_epoch(dls):

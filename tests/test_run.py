@@ -111,7 +111,7 @@ def test_console(tmp_path):
     ('block3_train', ('--epochs', 'ten'), 2, "block3_train: argument --epochs: invalid int value: 'ten'; see block3_train --help\n"),
     ('block3_train', ('--valid', 'tset'), 1, "block3_train: valid='tset': valid is one of 'test', 'holdout', 'reference'\n"),
     ('block3_sweep', ('--seeds', 'a'), 1, "block3_sweep: seeds='a': seeds are numbers and ranges, as in 0-9,20\n"),
-    ('block3_export', ('--format', 'js,x'), 1, "block3_export: formats='x': formats is one of 'safetensors', 'onnx', 'js'\n"),
+    ('block3_export', ('--formats', 'js,x'), 1, "block3_export: formats='x': formats is one of 'safetensors', 'onnx', 'js'\n"),
     ('block3_predict', ('--wieghts', 'x', 'a.png'), 2, 'block3_predict: unrecognized arguments: --wieghts; see block3_predict --help\n')])
 def test_console_mistake(tmp_path, command, args, code, line):
     res = console(command, *args, cwd=tmp_path)
