@@ -6,7 +6,7 @@
 __all__ = ['NLLLossFlat', 'TorchSGD', 'StepDecay', 'History', 'history', 'Block3Learner', 'block3_learner', 'sgd_options',
            'dropout', 'augmented_by', 'PreciseBN']
 
-# %% ../nbs/08_learner.ipynb #43c7765d
+# %% ../nbs/08_learner.ipynb #6ec7e56b
 import time
 from contextlib import contextmanager, ExitStack
 from copy import deepcopy
@@ -21,7 +21,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastcore.meta import delegates, use_kwargs_dict
 from fastai.callback.core import Callback
-from fastai.callback.schedule import combine_scheds, ParamScheduler, SchedLin
+from fastai.callback.schedule import combine_scheds, LRFinder, ParamScheduler, SchedLin
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import BaseLoss
@@ -133,7 +133,7 @@ def history(
     if not learn._grab_cbs(History): raise ValueError('This learner keeps no history: make it with block3_learner')
     return pd.DataFrame(learn.history.rows)
 
-# %% ../nbs/08_learner.ipynb #0501d790
+# %% ../nbs/08_learner.ipynb #e307e224
 class Block3Learner(Learner):
     "A `Learner` whose `fit` leaves nothing behind, also when it raises or is interrupted"
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
@@ -146,6 +146,8 @@ class Block3Learner(Learner):
         except BaseException:
             self.opt.zero_grad()
             self.loss_func = loss_func
+            for finder in L(cbs).filter(lambda cb: isinstance(cb, LRFinder) and hasattr(cb, 'tmp_p')):
+                with self.added_cbs(finder): finder.after_fit() # which loads the weights from before
             raise
         finally:
             self.logger = logger

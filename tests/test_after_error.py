@@ -89,6 +89,16 @@ def test_neither_loss_nor_autocast_of_the_fit_stays(dls):
     assert not torch.is_autocast_enabled('cpu')
 
 
+def test_an_interrupted_lr_find_restores_the_weights(dls, tmp_path):
+    learn = new_learner(dls, fast=False)
+    learn.path = tmp_path
+    before = copy.deepcopy(learn.model.state_dict())
+    learn.add_cb(raising('after_batch', KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt): find(learn)
+    assert same(learn.model.state_dict(), before)
+    assert not list((tmp_path/'models').iterdir())
+
+
 def test_an_evaluation_afterwards_is_no_epoch(dls):
     learn = new_learner(dls, fast=False)
     learn.fit(1)
