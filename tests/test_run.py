@@ -119,7 +119,7 @@ def test_console_mistake(tmp_path, command, args, code, line):
     assert list(tmp_path.iterdir()) == []
 
 
-heavy = 'torch', 'fastai', 'pandas', 'matplotlib'
+heavy = 'torch', 'fastai', 'matplotlib'
 
 def test_help_and_mistakes_do_not_wait_for_imports(tmp_path):
     code = f'import sys; import mnist_block3.cli; print([name for name in {heavy} if name in sys.modules])'
