@@ -45,14 +45,15 @@ def affine_coords(
     down = 2*down/x.shape[-1]
     return _turned_coords(x, cos, sin, -cos*right - sin*down, sin*right - cos*down)
 
-# %% ../nbs/03_augment.ipynb #f72f6d02
+# %% ../nbs/03_augment.ipynb #46dfd69a
 def pixel_coords(
     coords:torch.Tensor, # Sampling coordinates in [-1, 1], (B, H, W, 2)
 ) -> torch.Tensor: # The same, each moved to the centre of the nearest pixel
     "Round sampling coordinates to the centres of pixels"
-    def to_centre(c, n): return (2*torch.round(((c+1)*n - 1)/2) + 1)/n - 1
     height,width = coords.shape[1:3]
-    return torch.stack([to_centre(coords[...,0], width), to_centre(coords[...,1], height)], dim=-1)
+    size = width if width == height else coords.new_tensor([width, height])
+    pixels = ((coords + 1).mul_(size).sub_(1)).div_(2).round_()
+    return pixels.mul_(2).add_(1).div_(size).sub_(1)
 
 # %% ../nbs/03_augment.ipynb #cf766b2f
 def crop_rotate(
@@ -66,14 +67,18 @@ def crop_rotate(
     rotated = pixel_coords(_turned_coords(x, cos, sin, 0*cos, 0*cos))
     return sample_images(x, rotated*scale[:,None,None,None])
 
-# %% ../nbs/03_augment.ipynb #2106d7cd
+# %% ../nbs/03_augment.ipynb #42877c12
 def bend(
     arrows:torch.Tensor, # Shifts in pixels, right and down, on a coarse grid, (B, 2, G, G)
     size:int=28, # Height and width of the images
 ) -> torch.Tensor: # To add to sampling coordinates, (B, H, H, 2)
     "A smooth field of shifts"
-    field = F.interpolate(arrows*2/size, size=(size,size), mode='bicubic', align_corners=True)
-    return field.permute(0, 2, 3, 1)
+    n = arrows.shape[-1]
+    unit = torch.eye(n, dtype=arrows.dtype, device=arrows.device)
+    spread = F.interpolate(unit[None,None], size=(size,n), mode='bicubic', align_corners=True)[0,0] # (size, n)
+    across = (arrows*2/size) @ spread.T # (B, 2, n, size)
+    field = spread @ across.permute(0, 2, 3, 1).flatten(2) # as two matrix products it costs a tenth of `interpolate`
+    return field.view(len(arrows), size, size, 2)
 
 # %% ../nbs/03_augment.ipynb #a7456c87
 def distort(

@@ -8,6 +8,7 @@
 // dropout of whole channels need no pass over memory of their own.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -67,7 +68,9 @@ struct Buffer { // vectors in memory, zero at first
 };
 
 // --------------------------------------------------------------------------------------------------------- threads
-// Threads take the blocks of a job one by one. A thread that does not get a core takes none, and holds up nobody.
+// Threads take the blocks of a job one by one. A thread that does not get a core takes none. One that loses its core with
+// a block in hand is waited for; after that the first thread works alone for a while. The sums of a block do not depend
+// on the thread, so neither does any result.
 
 struct Team {
     std::atomic<uint64_t> job{0}; // number of the job, how many blocks it has, the next one: 24, 20 and 20 bits
@@ -75,6 +78,7 @@ struct Team {
     const std::function<void(int,int)>* work = nullptr; // of block and thread
     std::atomic<int> n_threads{1};
     int n_started = 1;
+    int alone = 0, pause_jobs = 100; // after a long wait for another thread, so many jobs go without it
     pid_t pid = getpid();
 
     static constexpr uint64_t mask = (1 << 20) - 1;
@@ -100,7 +104,8 @@ struct Team {
 
     void run(int n_blocks, int threads, const std::function<void(int,int)>& f) {
         threads = std::min(threads, n_blocks);
-        if (threads < 2) {
+        if (threads < 2 || alone > 0) {
+            alone = std::max(alone - 1, 0);
             for (int b = 0; b < n_blocks; b++) f(b, 0);
             return;
         }
@@ -111,10 +116,16 @@ struct Team {
         uint64_t number = (job.load() >> 40) + 1;
         job.store(number << 40 | uint64_t(n_blocks) << 20, std::memory_order_release);
         job.notify_all();
+        auto began = std::chrono::steady_clock::now();
         take_blocks(0);
+        auto own_end = std::chrono::steady_clock::now();
         for (int spins = 0; n_done.load(std::memory_order_acquire) < n_blocks; spins++)
             if (spins < 2000) pause();
             else std::this_thread::yield();
+        auto waited = std::chrono::steady_clock::now() - own_end;
+        bool held_up = waited > 2*(own_end - began) + std::chrono::microseconds(200);
+        if (held_up) alone = pause_jobs;
+        pause_jobs = held_up ? std::min(2*pause_jobs, 8000) : std::max(pause_jobs - 1, 100);
     }
 
     int most_threads(int threads) const { return std::max(threads, n_started); } // that may take a block
