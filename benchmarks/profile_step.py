@@ -68,7 +68,6 @@ def named_batches(batches):
 def profile_way(fast, n_steps):
     "Milliseconds a step, and the share of each row"
     learn = block3_learner(mnist_dls(n_train=64*n_steps, device='cpu'), fast=fast)
-    learn.fast_epoch.min_steps = 0
     cb = ProfileEpoch()
     with learn.no_bar(), learn.no_logging(): learn.fit(4, cbs=cb)
     _,*plain,profiled = cb.seconds

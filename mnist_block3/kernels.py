@@ -246,7 +246,7 @@ def masks(self:Run,
         at += size*masks.element_size()
     return addresses, masks
 
-# %% ../nbs/05b_kernels.ipynb #afa98fc1
+# %% ../nbs/05b_kernels.ipynb #e407cca7
 @patch
 def launch(self:Run, plan, x, params, keep):
     "The forward pass: what becomes of images `x`, and the `_Batch`; `keep` what the backward pass needs"
@@ -256,15 +256,16 @@ def launch(self:Run, plan, x, params, keep):
     masks,batch.masks = self.masks(plan)
     rates = (ctypes.c_double*(len(self.ops)+2))(-1, *[op.rate() for op in self.ops], -1)
     stats = [op.running() for op in self.ops if op.conv]
+    params = [p if p is None else p.detach().contiguous() for p in params] # they may be channels last
     tensors = _addresses([t for i,pair in enumerate(stats) for t in params[4*i:4*i+4] + pair])
     out = x.new_empty(plan.out_shape)
     batch.call = _Call(len(x), _threads or torch.get_num_threads(), x.data_ptr(), out.data_ptr(), ctypes.addressof(tensors),
                        ctypes.addressof(masks), ctypes.addressof(rates), g_x=x.requires_grad or None)
-    batch.kept = x, masks, rates, tensors
+    batch.kept = x, params, masks, rates, tensors
     plan.lib.run_forward(batch.buffers.run, ctypes.byref(batch.call), keep)
     return out, batch
 
-# %% ../nbs/05b_kernels.ipynb #f075fbbd
+# %% ../nbs/05b_kernels.ipynb #f41e62ef
 class _RunFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, plan, x, *params):
@@ -278,7 +279,7 @@ class _RunFunction(torch.autograd.Function):
         call,lib = ctx.batch.call, ctx.batch.plan.lib
         g_out = g_out.contiguous()
         g_x = g_out.new_empty(ctx.batch.plan.shape) if call.g_x else None
-        grads = [None if p is None else torch.empty_like(p) for p in ctx.saved_tensors]
+        grads = [None if p is None else p.new_empty(p.shape) for p in ctx.saved_tensors]
         addresses = _addresses(grads)
         call.g_out = g_out.data_ptr()
         call.grads = ctypes.addressof(addresses)
@@ -360,7 +361,7 @@ def _n_first(layers):
         n += 1
     return n + (n < len(layers) and type(layers[n]) is nn.Dropout2d)
 
-# %% ../nbs/05b_kernels.ipynb #83b4f323
+# %% ../nbs/05b_kernels.ipynb #b97ef9af
 class PythonState:
     "What running some objects may change in Python: their attributes, and the random numbers of the CPU"
     def __init__(self,
@@ -368,6 +369,7 @@ class PythonState:
     ):
         self.objects = [part for o in objects for part in (o.modules() if isinstance(o, nn.Module) else [o]) if hasattr(part, '__dict__')]
         self.attrs = [{k: copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(o).items()} for o in self.objects]
+        self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.seen = self._look()
 
     def _look(self):
@@ -380,7 +382,7 @@ class PythonState:
         for o,attrs in zip(self.objects, self.attrs):
             for k in vars(o).keys() - attrs.keys(): del vars(o)[k]
             for k,v in attrs.items(): _put_back(vars(o), k, v)
-        random.setstate(self.seen[1])
+        for put_back,state in zip((random.setstate, np.random.set_state, torch.set_rng_state), self.random): put_back(state)
 
 def _fixed(v):
     "Something that differs where `v` has changed"

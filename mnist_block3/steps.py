@@ -157,7 +157,7 @@ def _move_weights(self:Steps):
     moms = self.moms.index_select(0, self.at)[0]
     for i,group in enumerate(self.groups): group.step(lrs[i], moms[i] if self.sched_mom else None)
 
-# %% ../nbs/06_steps.ipynb #a4e89a87
+# %% ../nbs/06_steps.ipynb #c3c31ca2
 @patch
 def start(self:Steps,
     order, # Indices of the images, (n,)
@@ -165,7 +165,7 @@ def start(self:Steps,
     moms, # Momentum, (n_steps, groups)
 ):
     "Set what an epoch needs"
-    order = torch.as_tensor(order)
+    order = torch.as_tensor(order)[:self.order.numel()] # without a short batch that is left out
     self.order.view(-1)[:len(order)] = order
     self.lrs.copy_(torch.as_tensor(lrs, dtype=self.lrs.dtype))
     self.moms.copy_(torch.as_tensor(moms, dtype=self.moms.dtype))

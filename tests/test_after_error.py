@@ -24,8 +24,6 @@ def new_learner(dls, fast):
     set_seed(0)
     learn = block3_learner(dls)
     learn.fast_epoch.on = fast
-    learn.fast_epoch.use_compile = False
-    learn.fast_epoch.min_steps = 0
     return learn
 
 
@@ -75,7 +73,7 @@ def test_the_next_fit(dls, tmp_path, event, error, fast):
         twin = twin_of(learn, dls, fast)
         assert same(weights_after(learn, fit), weights_after(twin, fit))
         assert learn.opt.hypers == twin.opt.hypers
-        assert learn.fast_epoch.engine == ('eager' if fast and fit is not find else 'plain')
+        assert learn.fast_epoch.engine == ('kernels' if fast and fit is not find else 'plain')
     assert history(learn).epoch.tolist() == [1]
 
 

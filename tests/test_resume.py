@@ -87,8 +87,6 @@ class Stop(Callback):
 def new_learner(fast=False, **kwargs):
     set_seed(0)
     learn = block3_learner(mnist_dls(valid='reference', n_train=38, bs=8, device='cpu'), fast=fast, **kwargs)
-    learn.fast_epoch.use_compile = False
-    learn.fast_epoch.min_steps = 0
     return learn
 
 
@@ -116,20 +114,6 @@ def test_resumed_to_the_bit(tmp_path, at_hand, how, kwargs, stop):
     resumed = fit(new_learner(**kwargs), Checkpoint(tmp_path/'c', resume=True), how=how)
     assert_alike(alone, resumed)
     assert [f.name for f in tmp_path.iterdir()] == ['c']
-
-
-@pytest.mark.slow
-def test_compiled_run_is_resumed_to_the_bit(tmp_path, monkeypatch):
-    "On the path that long runs on a CPU take"
-    monkeypatch.setattr('mnist_block3.fast.compile_steps', 0)
-    want = train_run(tmp_path/'a', **few)[0]
-    keep = Checkpoint.keep
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(Checkpoint, 'keep', lambda self: keep(self) if self.epoch < 2 else signal.default_int_handler(2, None))
-        train_run(tmp_path/'b', **few)
-    learn,_ = resume_run(tmp_path/'b')
-    assert learn.fast_epoch.engine == want.fast_epoch.engine == 'compiled'
-    assert same(weights(tmp_path/'b'), weights(tmp_path/'a'))
 
 
 # in a notebook

@@ -27,7 +27,7 @@ def test_what_a_run_keeps(tmp_path):
     settings = summary['settings']
     assert {k: settings[k] for k in few} == few and (settings['lr'], settings['mom'], settings['drop']) == (0.05, 0.9, 0.)
     assert 'gamma' not in settings
-    assert (summary['engine'], summary['why']) == ('plain', 'the fit is short')
+    assert (summary['engine'], summary['why']) == ('kernels', None)
     assert {'torch', 'torchvision', 'fastai', 'fastcore', 'mnist_block3', 'python', 'code'} <= set(summary['versions'])
     assert summary['machine']['device'] == 'cpu' and summary['machine']['threads'] == torch.get_num_threads()
     assert summary['results']['correct']/summary['results']['total'] == pytest.approx(rows.valid_accuracy.iloc[-1])
