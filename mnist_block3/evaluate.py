@@ -50,13 +50,11 @@ def mistakes(
 ) -> pd.DataFrame: # `index`, `truth`, `prediction`, `probability` of the prediction, `probability_of_truth`
     "The images of `dl` that `learn` gets wrong, the most confident mistakes first"
     if dl is None: dl = learn.dls.valid
-    probs,targs = [t.cpu() for t in learn.get_preds(dl=dl)]
-    top,pred = probs.max(1)
-    wrong = (pred != targs).nonzero()[:,0]
-    columns = {'index': wrong, 'truth': targs[wrong], 'prediction': pred[wrong], 'probability': top[wrong],
-               'probability_of_truth': probs[wrong, targs[wrong].long()]}
-    df = pd.DataFrame({name: t.numpy() for name,t in columns.items()})
-    return df.sort_values('probability', ascending=False, ignore_index=True)
+    probs,targs = [t.numpy() for t in learn.get_preds(dl=dl)]
+    df = pd.DataFrame(dict(truth=targs, prediction=probs.argmax(1), probability=probs.max(1)))
+    df['probability_of_truth'] = probs[df.index, targs]
+    wrong = df[df.truth != df.prediction].rename_axis('index').reset_index()
+    return wrong.sort_values('probability', ascending=False, ignore_index=True)
 
 # %% ../nbs/09_evaluate.ipynb #dbf1550c
 def plot_mistakes(
@@ -112,7 +110,8 @@ def block_report(
     analysis = (f'**Analysis** – {_swing(accuracy)}; '
                 f'the standard error of the last accuracy is {100*error:.2f} points.')
     if target is None:
-        return f'- **Result** – {_percent(last)} {measured} in epoch {epoch}, {counts}. {best}.\n- {analysis}'
+        result = f'{_percent(last)} {measured} in epoch {epoch}, {counts}'
+        return f'- **Result** – {result}. {best}.\n- {analysis}'
     return (f'1. **Target** – {_percent(target)} {measured} before epoch {by_epoch}.\n'
             f'2. **Result** – {_reached(accuracy, target, by_epoch)}. {best}. '
             f'Last: {_percent(last)} in epoch {epoch}, {counts}.\n3. {analysis}')

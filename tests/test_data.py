@@ -149,8 +149,8 @@ no_images = np.zeros((0,28,28), np.uint8)
 bad_files = {
     'truncated':          (dict(train_images=ok[:-1]), 'promises 30×28×28 bytes after its header, but has 23519'),
     'too long':           (dict(train_images=ok + b'\0'), 'but has more'),
-    'no header':          (dict(train_images=b'\0\0'), 'holds 2 bytes, too few'),
-    'empty file':         (dict(t10k_labels=b''), 'holds 0 bytes, too few'),
+    'no header':          (dict(train_images=b'\0\0'), 'has the magic number 0 and the dimensions 0×0×0'),
+    'empty file':         (dict(t10k_labels=b''), 'has the magic number 0 and the dimensions 0,'),
     'corrupt gzip':       (dict(train_images=gzip.compress(ok)[:-9]), 'is not a whole gzip file'),
     'gzip of nonsense':   (dict(train_images=b'\x1f\x8b' + bytes(100)), 'is not a whole gzip file'),
     'wrong magic':        (dict(train_images=idx(no_images, magic=1234)), 'magic number 1234'),
@@ -158,7 +158,7 @@ bad_files = {
     'no images':          (dict(train_images=idx(no_images)), '0×28×28'),
     'label out of range': (dict(train_labels=idx(np.full(30, 10, np.uint8))), 'the label 10, but labels are 0 to 9'),
     'too few labels':     (dict(train_labels=idx(np.zeros(29, np.uint8))), '30 images, but'),
-    'a mix-up':           (dict(train_images=idx(np.zeros(30, np.uint8)), train_labels=ok), 'starts with magic number 2049'),
+    'a mix-up':           (dict(train_images=idx(np.zeros(30, np.uint8)), train_labels=ok), 'has the magic number 2049'),
 }
 
 
