@@ -70,16 +70,12 @@ def _times(dims): return '×'.join(map(str, dims))
 
 def _idx_dims(path, head, shape):
     "The dimensions in the header `head` of an IDX file; raises `ValueError` where they are not `(N, *shape)`"
-    n_dim = 1 + len(shape)
-    want = f'{n_dim} dimensions of unsigned bytes (magic number {0x800 + n_dim}), {_times(("N", *shape))}'
-    if len(head) < 4*(n_dim + 1):
-        raise ValueError(f'{path} holds {len(head)} bytes, too few for an IDX header of {want}')
-    magic,*dims = struct.unpack(f'>{n_dim + 1}I', head)
-    if magic != 0x800 + n_dim:
-        raise ValueError(f'{path} starts with magic number {magic}, but should hold {want}')
-    if dims[0] == 0 or dims[1:] != list(shape):
-        raise ValueError(f'{path} holds {_times(dims)} bytes, not {want}')
-    return dims
+    n_head = 4*(2 + len(shape))
+    magic,*dims = struct.unpack(f'>{n_head//4}I', head.ljust(n_head, b'\0')) # of a shorter file: zeros
+    want = 0x801 + len(shape)
+    if magic == want and dims[0] and dims[1:] == list(shape): return dims
+    raise ValueError(f'{path} has the magic number {magic} and the dimensions {_times(dims)}, '
+                     f'but should have {want} and {_times(("N", *shape))}')
 
 # %% ../nbs/04_data.ipynb #6735399c
 def read_idx(
@@ -116,7 +112,7 @@ class Digits:
         if is_indexer(i): return self.images[i], int(self.labels[i])
         return Digits(self.images[i], self.labels[i])
     def to(self, device):
-        images = self.images if device is None else self.images.to(device)
+        images = self.images.to(device)
         return self if images is self.images else Digits(images, self.labels.to(device))
 
 # %% ../nbs/04_data.ipynb #48c2cc40
@@ -160,13 +156,12 @@ def _read_image_split(folder):
     "The `Digits` of all images in `folder`, whose subfolders are named `0` to `9`"
     paths = sorted(picture_files(folder), key=_name_order)
     if not paths: raise FileNotFoundError(f'{folder} holds no images')
-    for path in paths:
-        label = path.parent.name
+    labels = [path.parent.name for path in paths]
+    for path,label in zip(paths, labels):
         if label not in list('0123456789'):
             raise ValueError(f'{path} lies in the folder {label!r}, but folders have labels as names, 0 to 9')
     images = np.stack([_read_image(path) for path in paths])
-    labels = [int(path.parent.name) for path in paths]
-    return Digits(torch.from_numpy(images), torch.tensor(labels, dtype=torch.uint8))
+    return Digits(torch.from_numpy(images), torch.from_numpy(np.array(labels, np.uint8)))
 
 # %% ../nbs/04_data.ipynb #1bd084f3
 def load_digits(
@@ -243,15 +238,13 @@ class DigitDL(TfmdDL):
         if self.resident: self.dataset.items = self.dataset.items.to(self.device)
 
     def create_batches(self, samps):
-        shares = map(self.share, chunked(samps, self.bs, self.drop_last))
+        shares = map(self._share, chunked(samps, self.bs, self.drop_last))
         if self.resident: yield from map(self.take, shares)
         elif self.shard == (0,1): yield from super().create_batches(samps)
         else: yield from (self.do_batch([self.do_item(i) for i in idxs]) for idxs in shares)
 
-    def share(self,
-        idxs:list, # A batch of all processes
-    ) -> list: # Never empty, so that all processes take each step
-        "This process's part of `idxs`"
+    def _share(self, idxs):
+        "This process's part of a batch, never empty, so that all processes take each step"
         rank,n = self.shard
         return idxs[rank::n] or idxs[:1]
 
@@ -330,7 +323,6 @@ def mnist_block(
     item_tfms:list=None, # Item transforms; with any, images go through them one by one
 ) -> DataBlock: # Its source is that of `load_digits`
     "A `DataBlock` for MNIST and its siblings; batches are normalised images (B, 1, 28, 28) and labels (B,)"
-    check_choice('valid', valid, protocols)
     if aug_tfms is None: aug_tfms = [CropRotate()]
     valid_split = dict(split_idx=0 if valid == 'reference' else 1)
     image_block = TransformBlock(DigitImage, batch_tfms=IntToFloatTensor,

@@ -342,7 +342,7 @@ def test_every_write_of_a_sweep_may_fail(tmp_path, at_hand, monkeypatch, how):
     _,folder = train_run(tmp_path/'run', **few | dict(epochs=1, valid='test'))
     files = {f.name: f.read_bytes() for f in folder.iterdir() if f.name in run_files}
     files['mistakes.csv'] = b'index,label,pred,loss\n1,2,3,0.5\n'
-    monkeypatch.setattr(sweep_module, 'run_alone', lambda *args: files)
+    monkeypatch.setattr(sweep_module, '_run_alone', lambda *args: files)
     def work(n): sweep([run, run | dict(seed=1)], tmp_path/f'{n}', jobs=1, log=[].append)
     def mended(n):
         tidy(tmp_path/f'{n}')

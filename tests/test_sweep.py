@@ -2,10 +2,12 @@
 import io, json, os, signal, subprocess, sys, threading, time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load
 from mnist_block3 import sweep as sweep_module
-from mnist_block3.all import run_alone, run_label, run_name, Study, sweep, sweep_grid, train_run
+from mnist_block3.all import run_name, Study, sweep, sweep_grid, train_run
 from mnist_block3.basics import locked
 from mnist_block3.cli import block3_sweep
 
@@ -19,13 +21,13 @@ def real(once):
     "A run in its own process, and the contents of its files"
     run = sweep_grid(['tuned'], [5], **small)[0]
     def fill(folder):
-        for name,data in run_alone(run).items(): (folder/name).write_bytes(data)
+        for name,data in sweep_module._run_alone(run).items(): (folder/name).write_bytes(data)
     folder = once('sweep_run', fill)
     return run, {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 class FakeRuns:
-    "In place of `run_alone`: each run has the same files; `fails` says how often a seed fails first"
+    "In place of `_run_alone`: each run has the same files; `fails` says how often a seed fails first"
     def __init__(self, files):
         self.files = files
         self.fails = {}
@@ -42,7 +44,7 @@ class FakeRuns:
 @pytest.fixture
 def fake(monkeypatch, real):
     fake = FakeRuns(real[1])
-    monkeypatch.setattr(sweep_module, 'run_alone', fake)
+    monkeypatch.setattr(sweep_module, '_run_alone', fake)
     return fake
 
 
@@ -50,13 +52,6 @@ def quiet_sweep(runs, out, **kwargs):
     "The tables, and the lines that the sweep printed"
     lines = []
     return sweep(runs, out, log=lines.append, **kwargs), lines
-
-
-def test_grid():
-    runs = sweep_grid(['reference', 'tuned'], [0, 1], dict(lr=[0.01, 0.02], mom=[0.9, 0.8]), valid='holdout')
-    assert len(runs) == 16 == len({run_name(run) for run in runs})
-    assert {(run['epochs'], run['valid']) for run in runs} == {(15, 'holdout'), (14, 'holdout')}
-    with pytest.raises(ValueError, match='wd: the reference recipe'): sweep_grid(settings=dict(wd=[0.]))
 
 
 @pytest.mark.parametrize('folder', ['ablation', 'search'])
@@ -70,7 +65,8 @@ def test_a_run_has_one_name(real, fake, tmp_path):
     "In the settings and in its row of the table, by numbers of Python and of NumPy"
     run = real[0]
     row = quiet_sweep([run], tmp_path)[0].read().to_dict('records')[0]
-    assert run_name(row) == row['run'] == run_name(run) and run_label(row) == run_label(run)
+    assert run_name(row) == row['run'] == run_name(run)
+    assert sweep_module._label(row) == sweep_module._label(run)
     numpys = sweep_grid(['tuned'], np.array([5]), dict(wd=np.array([0.])), **small)[0]
     assert run_name(numpys) == run_name(run)
     assert run_name(run | dict(reproducible=True)) != run_name(run) != run_name(run | dict(n_train=640))
@@ -184,8 +180,8 @@ def test_ctrl_c_ends_the_processes(tmp_path, monkeypatch, listening_to_ctrl_c):
 
 def test_time_left(fake, tmp_path, monkeypatch):
     "By the epochs that are left, the seconds of one, and the runs at once"
-    add_run = sweep_module.add_run
-    monkeypatch.setattr(sweep_module, 'add_run', lambda *args: add_run(*args) | dict(seconds=300.))
+    add_run = sweep_module._add_run
+    monkeypatch.setattr(sweep_module, '_add_run', lambda *args: add_run(*args) | dict(seconds=300.))
     _,lines = quiet_sweep(sweep_grid(['tuned'], range(5), **small), tmp_path, jobs=2)
     left = [line.partition('about ')[2] for line in lines[1:]]
     assert left == ['10 min left', '8 min left', '5 min left', '2 min left', '']
@@ -197,36 +193,24 @@ def test_one_sweep_a_folder(fake, tmp_path):
     assert fake.did == []
 
 
-class FakeRay:
-    "What `sweep` calls of Ray, and in `asked` what it asked for"
-    def __init__(self, files):
-        self.files = files
-        self.asked = dict(runs=[])
-    def init(self, **kwargs): self.asked |= kwargs
-    def nodes(self): return [dict(Alive=True, Resources=dict(CPU=3., memory=1e9))]
-    def shutdown(self): self.asked['shut'] = True
-    def options(self, **kwargs):
-        self.asked |= kwargs
-        return self
-    def remote(self, *args):
-        if len(args) == 2: self.asked['runs'].append((args[0]['seed'], args[1])) # a call; else the function
-        return self
-    def future(self):
-        future = Future()
-        future.set_result(self.files)
-        return future
-
-
 def test_ray_gets_the_same_runs(monkeypatch, tmp_path, real):
     "What goes to Ray, without Ray"
-    ray = FakeRay(real[1])
+    asked = []
+    def remote(run, threads):
+        asked.append((run['seed'], threads))
+        future = Future()
+        future.set_result(real[1])
+        return SimpleNamespace(future=lambda: future)
+    ray = MagicMock()
+    ray.nodes.return_value = [dict(Alive=True, Resources=dict(CPU=3., memory=1e9))]
+    ray.remote.return_value.options.return_value.remote = remote
     monkeypatch.setitem(sys.modules, 'ray', ray)
     runs = sweep_grid(['tuned'], [1, 2], **small)
     study,lines = quiet_sweep(runs, tmp_path, ray=True, address='10.0.0.1:6379')
     assert '3 at once on Ray' in lines[0] and sorted(study.read().seed) == [1, 2]
-    asked = ray.asked
-    assert asked['runs'] == [(1, 1), (2, 1)] and asked['address'] == '10.0.0.1:6379' and asked['shut']
-    assert (asked['num_cpus'], asked['num_gpus'], asked['max_retries']) == (1, 0, 3)
+    assert asked == [(1, 1), (2, 1)]
+    assert ray.init.call_args.kwargs['address'] == '10.0.0.1:6379' and ray.shutdown.called
+    ray.remote.return_value.options.assert_called_with(num_cpus=1, num_gpus=0, max_retries=3)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 "fastai's trackers with the default learner: they write what the fit used"
 import pytest
 from fastai.callback.hook import ActivationStats
-from mnist_block3.all import Block3, block3_learner, Callback, CSVLogger, history, mnist_dls
+from mnist_block3.all import Block3, block3_learner, Callback, CSVLogger, history, mnist_dls, ReduceLROnPlateau, SGD
 
 
 @pytest.fixture(scope='module')
@@ -43,3 +43,16 @@ def test_activation_stats_with_the_tuned_recipe(dls):
     learn = block3_learner(dls, model, cbs=ActivationStats(modules=[model.head]))
     with learn.no_bar(): learn.fit_tuned(1) # `PreciseBN` at its end copies the model
     assert len(learn.activation_stats.stats) == 2
+
+
+@pytest.mark.parametrize('fast', [True, False])
+def test_plateaus_lower_the_rate_as_with_fastais_own_sgd(dls, fast):
+    def rates(**kwargs):
+        learn = block3_learner(dls, fast=fast, cbs=ReduceLROnPlateau(min_delta=100), **kwargs)
+        learn.fast_epoch.use_compile = False
+        learn.fast_epoch.min_steps = 0
+        with learn.no_bar(): learn.fit(4)
+        return history(learn).lr.tolist(), learn.fast_epoch.engine
+    ours,engine = rates()
+    assert engine == ('eager' if fast else 'plain')
+    assert ours == rates(opt_func=SGD)[0] == pytest.approx([0.02, 0.02, 0.002, 0.0002])
