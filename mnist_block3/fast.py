@@ -97,7 +97,7 @@ def _why_not_dl(dl):
     for tfm in dl.after_batch.fs:
         if as_function(tfm) is None: return f'{type(tfm).__name__} has no method augment'
 
-# %% ../nbs/07_fast.ipynb #32cc74a6
+# %% ../nbs/07_fast.ipynb #8b0e5c20
 def _why_not_opt(opt):
     "Why the optimizer `opt` needs fastai's loop, or `None`"
     sgd = getattr(opt, 'opt', opt)
@@ -109,22 +109,26 @@ def _why_not_opt(opt):
 
 def _why_not_metrics(recorder):
     "Why the metrics need fastai's loop, or `None`"
-    if recorder.train_metrics: return 'metrics are wanted on the training batches'
     for metric in recorder.metrics:
         if type(metric) not in (AvgMetric, AccumMetric): return f'{type(metric).__name__} is neither AvgMetric nor AccumMetric'
 
-# %% ../nbs/07_fast.ipynb #226bb210
+# %% ../nbs/07_fast.ipynb #3ebb2895
 def why_plain(
     learn:Learner, # In a fit
     fast_epoch:Callback, # Its `FastEpoch`
 ) -> str: # One reason, or `None`
     "Why `learn` needs fastai's own training loop"
-    if why := _why_not_dl(learn.dls.train) or _why_not_learner(learn): return why
+    if learn.recorder.train_metrics: return 'metrics are wanted on the training batches'
+    return _why_not_dl(learn.dls.train) or _why_not_evaluation(learn, fast_epoch) or _why_not_opt(learn.opt)
+
+def _why_not_evaluation(learn, fast_epoch):
+    "Why fastai's own evaluation loop is needed, or `None`"
+    if why := _why_not_learner(learn): return why
     for cb in learn.cbs:
         if why := _why_not_cb(cb, fast_epoch): return why
-    return _why_not_model(learn.model) or _why_not_opt(learn.opt) or _why_not_metrics(learn.recorder)
+    return _why_not_model(learn.model) or _why_not_metrics(learn.recorder)
 
-# %% ../nbs/07_fast.ipynb #00d7c200
+# %% ../nbs/07_fast.ipynb #200df926
 class FastEpoch(Callback):
     "Run each epoch from index to SGD without callback events for its batches, where that gives the same result"
     order = 61 # at 60 or less the progress bar fails
@@ -146,7 +150,6 @@ class FastEpoch(Callback):
         self.steps = None
         self.signature = None
         self.table = None
-        self.fused = None # for evaluation
         self.took = False # whether this epoch, or its evaluation, ran here
 
     def before_fit(self):
@@ -165,21 +168,20 @@ def bf16(self:FastEpoch):
 
 def _is_cpu(learn): return next(learn.model.parameters()).device.type == 'cpu'
 
-# %% ../nbs/07_fast.ipynb #981bf4d9
+# %% ../nbs/07_fast.ipynb #790132fb
 @patch
 def before_train(self:FastEpoch):
     self.why = self._why() or self._prepare()
     if self.why: return self._leave_to_fastai()
     self.engine = self.steps.engine
-    with self._threads(): self._run()
+    with kernel_threads() if self.engine == 'kernels' else nullcontext(): self._run()
     self.took = True
     raise CancelTrainException()
 
 @patch
 def before_validate(self:FastEpoch):
-    if self.steps is None or _why_not_dl(self.dl): return
-    if any(_why_not_cb(cb, self) for cb in self.learn.cbs): return
-    with self._threads(): self._evaluate(self.dl)
+    if not self.on or _why_not_dl(self.dl) or _why_not_evaluation(self.learn, self): return
+    self._evaluate(self.dl)
     self.took = True
     raise CancelValidException()
 
@@ -209,7 +211,7 @@ def schedulers(
     "The schedules of `learn`"
     return [cb for cb in learn.cbs.sorted('order') if isinstance(cb, ParamScheduler) and cb.run]
 
-# %% ../nbs/07_fast.ipynb #aace0993
+# %% ../nbs/07_fast.ipynb #fdf0c46b
 @patch
 def _with_kernels(self:FastEpoch):
     "Whether the kernels can be used"
@@ -217,9 +219,6 @@ def _with_kernels(self:FastEpoch):
     why = why_no_kernels()
     if why: self._say(f'The kernels for this CPU cannot be used: {why}')
     return why is None
-
-@patch
-def _threads(self:FastEpoch): return kernel_threads() if self.steps.engine == 'kernels' else nullcontext()
 
 @patch
 def _say(self:FastEpoch, line):
@@ -257,7 +256,7 @@ def _signature(learn, options):
             [(t.data_ptr(), t.stride(), t.requires_grad) for t in tensors],
             [buf is not None and buf.data_ptr() for buf in bufs])
 
-# %% ../nbs/07_fast.ipynb #c32dcf4f
+# %% ../nbs/07_fast.ipynb #dc5e6ea0
 @patch
 def _prepare(self:FastEpoch):
     "Have `steps` and the epoch's `table`; why not, or `None`"
@@ -271,7 +270,6 @@ def _prepare(self:FastEpoch):
             self.steps = Steps(self.model, self.loss_func, tfms, dl.dataset.items, self.opt.opt,
                                dl.n, dl.bs, dl.drop_last, **self.options)
             self.steps.prepare()
-            self.fused = None
             self.signature = _signature(self.learn, self.options)
         self.table = epoch_schedule(self.learn, self.steps.n_steps)
     except Exception as e: return f'{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ""}'
@@ -354,7 +352,7 @@ def _tell_losses(self:FastEpoch, losses):
     metric.val = torch.tensor(val)
     self.recorder.losses += torch.tensor(smooth).unbind()
 
-# %% ../nbs/07_fast.ipynb #f530e90a
+# %% ../nbs/07_fast.ipynb #2deb8f22
 @patch
 def _evaluate(self:FastEpoch, dl):
     "All predictions on `dl`, and the metrics on them"
@@ -363,18 +361,19 @@ def _evaluate(self:FastEpoch, dl):
     device = dl.dataset.items.device
     idxs = torch.as_tensor(dl.get_idxs(), device=device)
     if dl.drop_last: idxs = idxs[:len(dl)*dl.bs]
-    if self.fused is None: self.fused = fuse(learn.model) if self.options['kernels'] else learn.model
-    large = device.type == 'cuda' or self.fused is not learn.model
-    batches = [self._predict(dl, some) for some in idxs.split(max(dl.bs, 2500) if large else dl.bs)]
+    model = fuse(learn.model) if self._with_kernels() else learn.model
+    fused = model is not learn.model
+    bs = max(dl.bs, 2500) if fused or device.type == 'cuda' else dl.bs
+    with kernel_threads() if fused else nullcontext(): batches = [self._predict(model, dl, some) for some in idxs.split(bs)]
     learn.n_iter = len(dl)
     learn.iter = len(dl) - 1
     pred,targ = map(torch.cat, zip(*batches))
     for metric in self.recorder._valid_mets: self._accumulate(metric, pred, targ, dl.bs)
 
 @patch
-def _predict(self:FastEpoch, dl, idxs):
+def _predict(self:FastEpoch, model, dl, idxs):
     x,y = (t.as_subclass(torch.Tensor) for t in dl.after_batch(dl.take(idxs)))
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16): pred = self.fused(x)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16): pred = model(x)
     self.learn.xb = (x,)
     return (pred.float() if self.bf16 else pred), y
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NLLLossFlat', 'TorchSGD', 'StepDecay', 'History', 'history', 'Block3Learner', 'block3_learner', 'PreciseBN']
 
-# %% ../nbs/08_learner.ipynb #6ec7e56b
+# %% ../nbs/08_learner.ipynb #e2154a7a
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from numbers import Number
@@ -30,6 +30,7 @@ from fastai.torch_core import get_model
 from fastai.vision.augment import RandTransform
 from .data import Distort
 from .fast import FastEpoch
+from .kernels import fuse, kernel_threads
 from .model import Block3
 from .settings import recipe_epochs, reference_settings, tuned_settings
 # for what they add to fastai: progress bars, and images in `show_results` and `plot_top_losses`
@@ -220,7 +221,7 @@ def _fixed_tfms(dl):
     raise ValueError(f'{type(dl).__name__} has no batch transforms to replace: '
                      'augment the data itself, and use aug=0')
 
-# %% ../nbs/08_learner.ipynb #890bebef
+# %% ../nbs/08_learner.ipynb #031b799b
 class PreciseBN(Callback):
     "After the last step, recompute BatchNorm's statistics from all training images, without random changes"
     def after_train(self):
@@ -230,7 +231,8 @@ class PreciseBN(Callback):
         model = get_model(self.model)
         twin = _copied(model) # where you interrupt, `model` is as it was
         for m in _dropouts(twin): m.p = 0.
-        update_bn(dl, twin, next(twin.parameters()).device)
+        kernels = any(getattr(cb, 'engine', None) == 'kernels' for cb in self.learn.cbs)
+        with kernel_threads() if kernels else nullcontext(): update_bn(dl, fuse(twin) if kernels else twin, next(twin.parameters()).device)
         model.load_state_dict(twin.state_dict())
 
 def _copied(model):
