@@ -49,10 +49,8 @@ def test_activation_stats_with_the_tuned_recipe(dls):
 def test_plateaus_lower_the_rate_as_with_fastais_own_sgd(dls, fast):
     def rates(**kwargs):
         learn = block3_learner(dls, fast=fast, cbs=ReduceLROnPlateau(min_delta=100), **kwargs)
-        learn.fast_epoch.use_compile = False
-        learn.fast_epoch.min_steps = 0
         with learn.no_bar(): learn.fit(4)
         return history(learn).lr.tolist(), learn.fast_epoch.engine
     ours,engine = rates()
-    assert engine == ('eager' if fast else 'plain')
+    assert engine == ('kernels' if fast else 'plain')
     assert ours == rates(opt_func=SGD)[0] == pytest.approx([0.02, 0.02, 0.002, 0.0002])
