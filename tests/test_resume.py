@@ -105,14 +105,13 @@ def assert_alike(a, b):
 
 sgd_like = partial(OptimWrapper, opt=torch.optim.AdamW)
 
-@pytest.mark.parametrize('stop', [1, 2])
 @pytest.mark.parametrize('how,kwargs', [
-    ('fit', dict(fast=True)), ('fit_tuned', dict(fast=True)), ('fit_one_cycle', dict(fast=True)), ('fit', dict(step_size=1)),
-    ('fit_tuned', {}), ('fit_one_cycle', dict(opt_func=Adam)), ('fit_flat_cos', dict(opt_func=ranger)), ('fit', dict(opt_func=sgd_like)),
+    ('fit', dict(fast=True)), ('fit_tuned', dict(fast=True)), ('fit', dict(step_size=1)), ('fit_tuned', {}),
+    ('fit_one_cycle', dict(opt_func=Adam)), ('fit_flat_cos', dict(opt_func=ranger)), ('fit', dict(opt_func=sgd_like)),
 ], ids=lambda o: o if isinstance(o, str) else ','.join(o))
-def test_resumed_to_the_bit(tmp_path, at_hand, how, kwargs, stop):
+def test_resumed_to_the_bit(tmp_path, at_hand, how, kwargs):
     alone = fit(new_learner(**kwargs), how=how)
-    with pytest.raises(KeyboardInterrupt): fit(new_learner(**kwargs), Checkpoint(tmp_path/'c'), Stop(stop), how=how)
+    with pytest.raises(KeyboardInterrupt): fit(new_learner(**kwargs), Checkpoint(tmp_path/'c'), Stop(1), how=how)
     resumed = fit(new_learner(**kwargs), Checkpoint(tmp_path/'c', resume=True), how=how)
     assert_alike(alone, resumed)
     assert [f.name for f in tmp_path.iterdir()] == ['c']
@@ -123,9 +122,10 @@ def test_compiled_run_is_resumed_to_the_bit(tmp_path, monkeypatch):
     "On the path that long runs on a CPU take"
     monkeypatch.setattr('mnist_block3.fast.compile_steps', 0)
     want = train_run(tmp_path/'a', **few)[0]
-    keep = Checkpoint.keep
+    write = Checkpoint.write
+    def stop_late(self): return write(self) if self.epoch < 2 else signal.default_int_handler(2, None)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(Checkpoint, 'keep', lambda self: keep(self) if self.epoch < 2 else signal.default_int_handler(2, None))
+        m.setattr(Checkpoint, 'write', stop_late)
         train_run(tmp_path/'b', **few)
     learn,_ = resume_run(tmp_path/'b')
     assert learn.fast_epoch.engine == want.fast_epoch.engine == 'compiled'
@@ -147,7 +147,7 @@ def test_trackers_begin_anew(tmp_path, at_hand, monkeypatch):
 
 
 def test_only_a_fit_is_kept(tmp_path, at_hand, monkeypatch):
-    "A learner whose own the checkpoint is: evaluations and `lr_find` leave the file alone, the next fit resumes it, the one after begins anew"
+    "Evaluations and `lr_find` leave the file of a learner alone; the next fit resumes it, the one after begins anew"
     monkeypatch.chdir(tmp_path)
     learn = new_learner(cbs=Checkpoint('c', resume=True))
     with pytest.raises(KeyboardInterrupt): fit(learn, Stop(2))
@@ -175,7 +175,8 @@ def test_a_finished_fit_is_loaded(tmp_path, at_hand):
 def test_a_checkpoint_of_another_fit(tmp_path, at_hand):
     fit(new_learner(), Checkpoint(tmp_path/'c'))
     def refused(what, learn, **kwargs):
-        with pytest.raises(ValueError, match=f'c is of another fit, with other {what}'): fit(learn, Checkpoint(tmp_path/'c', resume=True), **kwargs)
+        with pytest.raises(ValueError, match=f'c is of another fit, with other {what}'):
+            fit(learn, Checkpoint(tmp_path/'c', resume=True), **kwargs)
     refused('epochs', new_learner(), n=4)
     refused('rates', new_learner(), lr=0.5)
     refused('schedules', new_learner(), how='fit_one_cycle', lr_max=0.5)
@@ -191,7 +192,8 @@ def test_what_a_checkpoint_is_not_for(tmp_path):
     stock = Learner(dls, new_learner().model, loss_func=torch.nn.functional.nll_loss)
     data = torch.utils.data.TensorDataset(torch.rand(64,1,28,28), torch.arange(64) % 10)
     other = block3_learner(DataLoaders(*(torch.utils.data.DataLoader(data, 64) for _ in range(2))))
-    for learn,file,error in ((stock, 'c', 'made by block3_learner'), (other, 'c', "fastai's loaders"), (new_learner(), 'none/c', 'is no folder')):
+    wrong = 'learners made by block3_learner'
+    for learn,file,error in ((stock, 'c', wrong), (other, 'c', wrong), (new_learner(), 'none/c', 'is no folder')):
         with pytest.raises((ValueError, OSError), match=error): fit(learn, Checkpoint(tmp_path/file), Stop(0))
 
 
@@ -230,7 +232,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('text,message', [
-    (None, 'is no run folder: it has no settings.json'), ('{', 'settings.json cannot be used'), ('[1]', 'settings.json cannot be used'),
+    (None, 'is no run folder: it has no settings.json'), ('[1]', 'settings.json cannot be used'),
     (json.dumps(dict(settings=dict(valid='tset'))), "valid='tset'")])
 def test_a_mistake_in_resuming(tmp_path, text, message):
     if text: (tmp_path/'settings.json').write_text(text)
@@ -249,22 +251,14 @@ def test_a_folder_has_one_process(tmp_path):
     train_run(folder, **few | dict(epochs=1))
 
 
-def test_other_ranks_leave_the_files_of_the_first(tmp_path, monkeypatch):
-    folder = train_run(tmp_path/'run', **few | dict(epochs=1))[1]
-    (folder/'summary.json').unlink()
-    before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
-    monkeypatch.setenv('RANK', '1')
-    resume_run(folder)
-    assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
-
-
 # signals
 
 def console(folder, *args):
     "`block3_train`, which listens to Ctrl-C, as a job in the background does not"
-    return subprocess.Popen([Path(sys.executable).parent/'block3_train', *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | dict(OMP_NUM_THREADS='1'),
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    def listen(): signal.signal(signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen([Path(sys.executable).parent/'block3_train', *args], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen,
+                            env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 
 @pytest.mark.parametrize('num,code', [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
@@ -332,7 +326,7 @@ def tidy(folder): assert not list(Path(folder).rglob('*.tmp'))
 
 @pytest.mark.parametrize('how', ['full', pytest.param('rename', marks=pytest.mark.slow)])
 def test_every_write_of_a_run_may_fail(tmp_path, at_hand, monkeypatch, how):
-    "Nothing is half written, the last checkpoint is whole, the error says how to resume; and with room again the run goes on"
+    "The last checkpoint is whole, the error says how to resume, and with room again the run goes on"
     two = few | dict(epochs=2, n_train=16)
     want = weights(train_run(tmp_path/'whole', **two)[1])
     def work(n):
@@ -343,7 +337,6 @@ def test_every_write_of_a_run_may_fail(tmp_path, at_hand, monkeypatch, how):
     def mended(n):
         folder = tmp_path/f'{n}'
         tidy(folder)
-        if (folder/'checkpoint.safetensors').exists(): read_checkpoint(folder/'checkpoint.safetensors')
         if (folder/'settings.json').exists(): resume_run(folder)
         else: train_run(folder, **two)
         assert same(weights(folder), want), n
