@@ -34,9 +34,7 @@ def parse(
     return {k: v for k,v in options.items() if k in signature(f).parameters}
 
 # %% ../nbs/14_cli.ipynb #603cc851
-class _Terminated(KeyboardInterrupt): "The signal SIGTERM has come"
-
-def _terminate(num, frame): raise _Terminated()
+def _terminate(num, frame): raise KeyboardInterrupt(num)
 
 def _line(name, e):
     "What the command `name` says about the exception `e`"
@@ -52,7 +50,8 @@ def _ending_in_one_line(name):
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # `head` has read enough
     except (KeyboardInterrupt, ImportError, OSError, RuntimeError, ValueError) as e:
         if _is_first_process(): print(_line(name, e), file=sys.stderr)
-        sys.exit(1 if not isinstance(e, KeyboardInterrupt) else 143 if isinstance(e, _Terminated) else 130)
+        if not isinstance(e, KeyboardInterrupt): sys.exit(1)
+        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
 
 def _is_first_process(): return os.environ.get('RANK', '0') == '0' # as launchers number them
 

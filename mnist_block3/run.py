@@ -7,7 +7,7 @@ __all__ = ['run_files', 'default_run_dir', 'new_run_dir', 'run_environment', 'Ep
            'read_settings', 'resume_run']
 
 # %% ../nbs/11_run.ipynb #3188c542
-import hashlib, io, json, math, os, platform, tempfile
+import hashlib, io, json, math, os, platform, time
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -38,15 +38,12 @@ def default_run_dir() -> Path: # `runs/` and the time
 
 def new_run_dir(
     out:str|Path=None, # Where; `None`: `default_run_dir()`
-) -> Path: # An empty folder that can be written to
-    "Make a run folder; raises `ValueError` where it has files in it, `OSError` where it cannot be written"
+) -> Path: # An empty folder
+    "Make a run folder; raises `ValueError` where it has files in it, `OSError` where it cannot be made"
     folder = Path(out or default_run_dir()).expanduser()
     if folder.is_dir() and any(not f.name.startswith('.') for f in folder.iterdir()):
         raise ValueError(f'{folder} is not empty: a run needs a new folder')
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as e: raise type(e)(f'{folder} cannot be written: {e.strerror}') from None
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 # %% ../nbs/11_run.ipynb #41d04ea2
@@ -160,7 +157,8 @@ def _new_folder(out):
 
 # %% ../nbs/11_run.ipynb #25f7a2e1
 def _learner(run):
-    "A learner as the settings `run` have it"
+    "A learner as the settings `run` have it, in all processes of a launcher"
+    _join(run['device'])
     set_seed(run['seed'])
     torch.backends.cudnn.deterministic = run['reproducible']
     dls = mnist_dls(**{k: run[k] for k in ('source', 'bs', 'valid', 'device', 'n_train')})
@@ -182,20 +180,20 @@ def _fit(learn, run, checkpoint, bar):
 
 # %% ../nbs/11_run.ipynb #af8ec28e
 def _finish(learn, folder, about, bar):
-    "Do what is left of a run, and write its files"
+    "Do what is left of a run; the first process writes its files"
     run = about['settings']
-    began = datetime.now(timezone.utc)
     checkpoint = Checkpoint(folder/'checkpoint.safetensors', resume=True)
-    _fit(learn, run, checkpoint, bar)
-    if rank_distrib(): return learn, folder
-    seconds = (datetime.now(timezone.utc) - began).total_seconds()
-    fast = learn.fast_epoch
-    _save_run(learn, folder, run['valid'], settings=run, began=about['began'], seconds=seconds,
-              resumed_after=checkpoint.n_done or None, engine=fast.engine, why=fast.why)
-    checkpoint.file.unlink(missing_ok=True)
-    return learn, folder
-
-def _locked(folder): return nullcontext() if rank_distrib() else locked(folder)
+    if rank_distrib(): return _fit(learn, run, checkpoint, bar)
+    file = folder/'settings.json'
+    with locked(folder):
+        if not file.exists(): write_whole(file, json.dumps(about, indent=2).encode())
+        began = time.perf_counter()
+        _fit(learn, run, checkpoint, bar)
+        fast = learn.fast_epoch
+        _save_run(learn, folder, run['valid'], settings=run, began=about['began'],
+                  seconds=time.perf_counter() - began, resumed_after=checkpoint.n_done or None,
+                  engine=fast.engine, why=fast.why)
+        checkpoint.file.unlink(missing_ok=True)
 
 # %% ../nbs/11_run.ipynb #7a696d70
 @delegates(run_settings)
@@ -206,14 +204,12 @@ def train_run(
 ) -> tuple[Learner,Path]: # The trained learner, and its run folder
     "Train by a recipe, and keep the run in a folder; all settings are checked before anything is written"
     run = run_settings(**kwargs)
-    _join(run['device'])
     learn = _learner(run)
     folder = _new_folder(out)
     began = datetime.now(timezone.utc).isoformat(timespec='seconds')
     about = dict(settings=run, began=began) | run_environment(learn.dls.device)
-    with _locked(folder):
-        if not rank_distrib(): write_whole(folder/'settings.json', json.dumps(about, indent=2).encode())
-        return _finish(learn, folder, about, bar)
+    _finish(learn, folder, about, bar)
+    return learn, folder
 
 # %% ../nbs/11_run.ipynb #efcf3349
 def read_settings(
@@ -246,13 +242,12 @@ def resume_run(
     folder = Path(folder).expanduser()
     about = read_settings(folder)
     if (folder/'summary.json').is_file(): return None, folder
-    with _locked(folder):
-        torch.set_num_threads(about['machine']['threads'])
-        run = about['settings']
-        try: get_device(run['device'])
-        except RuntimeError: run = run | dict(device=None) # this machine lacks it
-        _join(run['device'])
-        learn = _learner(run)
-        changes = _changes(about, run_environment(learn.dls.device))
-        if changes and not rank_distrib(): print(f'Resuming with {changes}: the result may differ')
-        return _finish(learn, folder, about | dict(settings=run), bar)
+    torch.set_num_threads(about['machine']['threads'])
+    run = about['settings']
+    try: get_device(run['device'])
+    except RuntimeError: run = run | dict(device=None) # this machine lacks it
+    learn = _learner(run)
+    changes = _changes(about, run_environment(learn.dls.device))
+    if changes and not rank_distrib(): print(f'Resuming with {changes}: the result may differ')
+    _finish(learn, folder, about | dict(settings=run), bar)
+    return learn, folder
