@@ -1,14 +1,15 @@
 "A run that dies, at any moment, by a signal or on a full disk; and the one that resumes it"
-import errno, json, multiprocessing, os, random, signal, stat, subprocess, sys, time
+import errno, json, multiprocessing, os, random, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 import pytest, torch
 from fastai.optimizer import Adam, ranger
 from safetensors.torch import load_file
 from mnist_block3 import sweep as sweep_module
-from mnist_block3.all import (Callback, Checkpoint, DataLoaders, EarlyStoppingCallback, Learner, OptimWrapper, SaveModelCallback,
-                              ShowGraphCallback, Study, block3_learner, history, mnist_dls, new_run_dir, read_checkpoint,
-                              resume_run, run_files, run_settings, set_seed, sweep, train_run, write_whole)
+from mnist_block3.all import (Callback, Checkpoint, DataLoaders, EarlyStoppingCallback, Learner, OptimWrapper,
+                              SaveModelCallback, ShowGraphCallback, Study, block3_learner, history, mnist_dls,
+                              new_run_dir, read_checkpoint, resume_run, run_files, run_settings, set_seed, sweep,
+                              train_run, write_whole)
 from mnist_block3.cli import block3_export, block3_train
 
 few = dict(epochs=4, n_train=40, bs=8, valid='reference', device='cpu')
@@ -100,7 +101,8 @@ def fit(learn, *cbs, how='fit', n=3, **kwargs):
 def assert_alike(a, b):
     assert same(a.model.state_dict(), b.model.state_dict())
     assert history(a).drop(columns='seconds').equals(history(b).drop(columns='seconds'))
-    for name in ('losses', 'lrs', 'iters', 'values', 'hps'): assert getattr(a.recorder, name) == getattr(b.recorder, name), name
+    for name in ('losses', 'lrs', 'iters', 'values', 'hps'):
+        assert getattr(a.recorder, name) == getattr(b.recorder, name), name
 
 
 sgd_like = partial(OptimWrapper, opt=torch.optim.AdamW)
@@ -137,7 +139,9 @@ def test_compiled_run_is_resumed_to_the_bit(tmp_path, monkeypatch):
 def test_trackers_begin_anew(tmp_path, at_hand, monkeypatch):
     "They do not see the skipped epochs, whose model is not there"
     monkeypatch.chdir(tmp_path)
-    def trackers(): return [SaveModelCallback('train_loss'), EarlyStoppingCallback('train_loss', patience=9), ShowGraphCallback()]
+    def trackers():
+        early = EarlyStoppingCallback('train_loss', patience=9)
+        return [SaveModelCallback('train_loss'), early, ShowGraphCallback()]
     with pytest.raises(KeyboardInterrupt): new_learner().fit(3, cbs=[Checkpoint('c'), Stop(2), *trackers()])
     Path('models/model.pth').unlink()
     learn = new_learner()
@@ -152,8 +156,9 @@ def test_only_a_fit_is_kept(tmp_path, at_hand, monkeypatch):
     learn = new_learner(cbs=Checkpoint('c', resume=True))
     with pytest.raises(KeyboardInterrupt): fit(learn, Stop(2))
     kept = Path('c').read_bytes()
+    lr_find = partial(learn.lr_find, num_it=3, show_plot=False, suggest_funcs=None)
     with learn.no_bar(), learn.no_logging():
-        for use in (learn.validate, learn.get_preds, partial(learn.lr_find, num_it=3, show_plot=False, suggest_funcs=None)):
+        for use in (learn.validate, learn.get_preds, lr_find):
             use()
             assert Path('c').read_bytes() == kept
     assert history(fit(learn)).epoch.tolist() == [1, 2, 3]
@@ -302,7 +307,7 @@ class Disk:
         return how == self.how and self.left == -1
 
     def fsync(self, fsync, fd):
-        if stat.S_ISREG(os.fstat(fd).st_mode) and self.hit('full'): raise OSError(errno.ENOSPC, 'No space left on device')
+        if self.hit('full'): raise OSError(errno.ENOSPC, 'No space left on device')
         return fsync(fd)
 
     def replace(self, replace, a, b):
@@ -311,7 +316,7 @@ class Disk:
 
 
 def n_writes(monkeypatch, how, work, mended):
-    "Do `work` with its write 0 failing, 1 failing and so on, and what is `mended` after each; how many writes there are"
+    "Do `work` with each of its writes failing in turn, and what is `mended` after each; how many writes there are"
     for n in range(40):
         with monkeypatch.context() as m:
             disk = Disk(m, how, n)
