@@ -22,11 +22,10 @@ from .data import DigitDL
 # %% ../nbs/15_distributed.ipynb #2053d82a
 def join_processes(
     device:str|torch.device=None, # 'cpu' or 'cuda'; `None`: the GPUs if there are any
-    minutes:float=10, # How long to wait for another process before giving up
 ):
     "Join the processes that a launcher has started, by its variables `RANK` and `WORLD_SIZE`; once is enough"
     cpu = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')).type == 'cpu'
-    PartialState(cpu=cpu, timeout=timedelta(minutes=minutes))
+    PartialState(cpu=cpu, timeout=timedelta(minutes=10))
     # gloo's threads would outlive the interpreter, and abort now and then
     if cpu: atexit.register(teardown_distrib)
 
