@@ -137,17 +137,17 @@ def test_compiled_run_is_resumed_to_the_bit(tmp_path, monkeypatch):
 # in a notebook
 
 def test_trackers_begin_anew(tmp_path, at_hand, monkeypatch):
-    "They do not see the skipped epochs, whose model is not there"
+    "They see no skipped epoch but the last, whose model is there"
     monkeypatch.chdir(tmp_path)
     def trackers():
         early = EarlyStoppingCallback('train_loss', patience=9)
-        return [SaveModelCallback('train_loss'), early, ShowGraphCallback()]
+        return [SaveModelCallback('train_loss', every_epoch=True), early, ShowGraphCallback()]
     with pytest.raises(KeyboardInterrupt): new_learner().fit(3, cbs=[Checkpoint('c'), Stop(2), *trackers()])
-    Path('models/model.pth').unlink()
+    for file in Path('models').iterdir(): file.unlink()
     learn = new_learner()
     learn.fit(3, cbs=[Checkpoint('c', resume=True), *trackers()])
     assert_alike(learn, fit(new_learner()))
-    assert Path('models/model.pth').exists()
+    assert sorted(file.name for file in Path('models').iterdir()) == ['model_1.pth', 'model_2.pth']
 
 
 def test_only_a_fit_is_kept(tmp_path, at_hand, monkeypatch):
