@@ -27,5 +27,4 @@ from .sweep import *
 from .predict import *
 
 # %% ../nbs/16_all.ipynb #b1864c3f
-def _public(names): return [name for name in names if not name.startswith('_')]
-__all__ = _public(globals())
+__all__ = [name for name in list(globals()) if not name.startswith('_')]

@@ -13,7 +13,8 @@ from pathlib import Path
 from .basics import check_amount, check_choice, check_count, check_flag, check_rate, check_seed, check_share
 
 # %% ../nbs/01_settings.ipynb #b0843253
-protocols = {'test': 'test accuracy', 'holdout': 'holdout accuracy', 'reference': 'accuracy as the reference measured it'}
+protocols = dict(test='test accuracy', holdout='holdout accuracy',
+                 reference='accuracy as the reference measured it')
 
 # %% ../nbs/01_settings.ipynb #c73df9e4
 def reference_settings(
@@ -33,7 +34,7 @@ def tuned_settings(
     lr:float=0.1, # Highest learning rate
     mom:float=0.9, # Momentum
     wd:float=0., # Weight decay, on all weights
-    pct_start:float=0.2, # Share of the steps in which the learning rate rises from 0; it falls to 0 in the rest
+    pct_start:float=0.2, # Share of the steps in which the learning rate rises from 0; it then falls to 0
     nesterov:bool=False, # Nesterov momentum
     drop:float=0., # Probability of dropout
     aug:float=1., # Strength of the augmentation `Distort`; 0: keep the learner's own augmentation
@@ -61,7 +62,8 @@ def recipe_settings(
     check_choice('recipe', recipe, recipes)
     names = signature(recipes[recipe]).parameters
     for k in given:
-        if k not in names: raise ValueError(f'{k}: the {recipe} recipe has no such setting; it has {", ".join(names)}')
+        if k in names: continue
+        raise ValueError(f'{k}: the {recipe} recipe has no such setting; it has {", ".join(names)}')
     return recipes[recipe](**given)
 
 # %% ../nbs/01_settings.ipynb #38ca0a6a
@@ -71,7 +73,8 @@ def check_folder(
     "Raise `FileNotFoundError` where `source` is no folder"
     folder = Path(source).expanduser()
     if folder.is_dir(): return folder
-    raise FileNotFoundError(f'{folder} is no folder. `source` is a folder of IDX files, or of images in training/ and testing/')
+    raise FileNotFoundError(f'{folder} is no folder. `source` is a folder of IDX files, '
+                            'or of images in training/ and testing/')
 
 # %% ../nbs/01_settings.ipynb #4028d1a8
 def run_settings(
@@ -79,7 +82,7 @@ def run_settings(
     epochs:int=None, # Epochs to train; default: 15 (reference) or 14 (tuned)
     bs:int=64, # Batch size of the training images
     seed:int=0, # Seed of weights, order, augmentation and dropout
-    valid:str='test', # Evaluation protocol: test (never for choosing settings), holdout (for choosing settings) or reference
+    valid:str='test', # Protocol: test (never for choosing settings), holdout (for choosing them) or reference
     source:str=None, # Folder of IDX files or of images; default: the MNIST in this package
     device:str=None, # cpu, cuda, cuda:1 or mps; default: the GPU if there is one
     n_train:int=None, # Train on the first n_train images only
@@ -99,8 +102,9 @@ def run_settings(
     check_flag(bf16=bf16, reproducible=reproducible, fast=fast, also_reference=also_reference)
     if source is not None: source = str(check_folder(source).resolve())
     if device is not None: device = str(device)
-    run = dict(epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid, source=source, device=device, n_train=n_train,
-               bf16=bf16, reproducible=reproducible, fast=fast, also_reference=also_reference, **settings)
-    return {k: _python_value(v) for k,v in run.items()}
+    run = dict(epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid, source=source,
+               device=device, n_train=n_train, bf16=bf16, reproducible=reproducible, fast=fast,
+               also_reference=also_reference)
+    return {k: _python_value(v) for k,v in (run | settings).items()}
 
 def _python_value(v): return v.item() if isinstance(v, Number) and hasattr(v, 'item') else v

@@ -192,8 +192,8 @@ def kill_rank(p, folder, rank):
         time.sleep(0.05)
     os.kill(processes(folder)[rank], signal.SIGKILL)
     began = time.monotonic()
-    out,_ = finish(p, ok=False)
-    assert 'Going on' not in out and time.monotonic() - began < 60
+    finish(p, ok=False)
+    assert time.monotonic() - began < 60
     assert not processes(folder) and not (folder/'summary.json').exists()
 
 
@@ -210,8 +210,8 @@ def test_killed_and_resumed(tmp_path):
     kill_rank(start(2, *train, *long, '--out', folder), folder, 1)
     kill_rank(start(2, *train, '--resume', folder), folder, 0)
     out,_ = finish(start(2, *train, '--resume', folder))
-    assert 'Going on' not in out
-    assert json.loads((folder/'summary.json').read_text())['resumed_after']['epochs'] >= 2
+    assert 'Resuming with' not in out # as many processes: nothing has changed
+    assert json.loads((folder/'summary.json').read_text())['resumed_after'] >= 2
     weights = [load_file(run/'weights.safetensors') for run in (folder, alone)]
     torch.testing.assert_close(*weights, rtol=0, atol=0)
     out,_ = finish(start(2, *train, '--resume', folder))

@@ -1,14 +1,15 @@
 "A run that dies, at any moment, by a signal or on a full disk; and the one that resumes it"
-import errno, json, multiprocessing, os, random, signal, stat, subprocess, sys, time
+import errno, json, multiprocessing, os, random, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 import pytest, torch
 from fastai.optimizer import Adam, ranger
 from safetensors.torch import load_file
 from mnist_block3 import sweep as sweep_module
-from mnist_block3.all import (Callback, Checkpoint, DataLoaders, EarlyStoppingCallback, Learner, OptimWrapper, SaveModelCallback,
-                              ShowGraphCallback, Study, block3_learner, history, mnist_dls, new_run_dir, read_checkpoint,
-                              resume_run, run_files, run_settings, set_seed, sweep, train_run, write_whole)
+from mnist_block3.all import (Callback, Checkpoint, DataLoaders, EarlyStoppingCallback, Learner, OptimWrapper,
+                              SaveModelCallback, ShowGraphCallback, Study, block3_learner, history, mnist_dls,
+                              new_run_dir, read_checkpoint, resume_run, run_files, run_settings, set_seed, sweep,
+                              train_run, write_whole)
 from mnist_block3.cli import block3_export, block3_train
 
 few = dict(epochs=4, n_train=40, bs=8, valid='reference', device='cpu')
@@ -55,7 +56,7 @@ def kill_until_it_ends(folder, recipe, whole, rng):
     for n_kills in range(100):
         p = fork.Process(target=work, args=(folder, recipe))
         p.start()
-        p.join(rng.uniform(0.2, 1.1)*took)
+        p.join(rng.uniform(0.2, 1.1 + n_kills/10)*took) # a busy machine gets more and more time
         alive = p.is_alive()
         p.kill()
         p.join()
@@ -96,21 +97,22 @@ def fit(learn, *cbs, how='fit', n=3, **kwargs):
 
 
 def assert_alike(a, b):
+    assert a.fast_epoch.engine == b.fast_epoch.engine
     assert same(a.model.state_dict(), b.model.state_dict())
     assert history(a).drop(columns='seconds').equals(history(b).drop(columns='seconds'))
-    for name in ('losses', 'lrs', 'iters', 'values', 'hps'): assert getattr(a.recorder, name) == getattr(b.recorder, name), name
+    for name in ('losses', 'lrs', 'iters', 'values', 'hps'):
+        assert getattr(a.recorder, name) == getattr(b.recorder, name), name
 
 
 sgd_like = partial(OptimWrapper, opt=torch.optim.AdamW)
 
-@pytest.mark.parametrize('stop', [1, 2])
 @pytest.mark.parametrize('how,kwargs', [
-    ('fit', dict(fast=True)), ('fit_tuned', dict(fast=True)), ('fit_one_cycle', dict(fast=True)), ('fit', dict(step_size=1)),
-    ('fit_tuned', {}), ('fit_one_cycle', dict(opt_func=Adam)), ('fit_flat_cos', dict(opt_func=ranger)), ('fit', dict(opt_func=sgd_like)),
+    ('fit', dict(fast=True)), ('fit_tuned', dict(fast=True)), ('fit', dict(step_size=1)), ('fit_tuned', {}),
+    ('fit_one_cycle', dict(opt_func=Adam)), ('fit_flat_cos', dict(opt_func=ranger)), ('fit', dict(opt_func=sgd_like)),
 ], ids=lambda o: o if isinstance(o, str) else ','.join(o))
-def test_resumed_to_the_bit(tmp_path, at_hand, how, kwargs, stop):
+def test_resumed_to_the_bit(tmp_path, at_hand, how, kwargs):
     alone = fit(new_learner(**kwargs), how=how)
-    with pytest.raises(KeyboardInterrupt): fit(new_learner(**kwargs), Checkpoint(tmp_path/'c'), Stop(stop), how=how)
+    with pytest.raises(KeyboardInterrupt): fit(new_learner(**kwargs), Checkpoint(tmp_path/'c'), Stop(1), how=how)
     resumed = fit(new_learner(**kwargs), Checkpoint(tmp_path/'c', resume=True), how=how)
     assert_alike(alone, resumed)
     assert [f.name for f in tmp_path.iterdir()] == ['c']
@@ -119,25 +121,28 @@ def test_resumed_to_the_bit(tmp_path, at_hand, how, kwargs, stop):
 # in a notebook
 
 def test_trackers_begin_anew(tmp_path, at_hand, monkeypatch):
-    "They do not see the skipped epochs, whose model is not there"
+    "They see no skipped epoch but the last, whose model is there"
     monkeypatch.chdir(tmp_path)
-    def trackers(): return [SaveModelCallback('train_loss'), EarlyStoppingCallback('train_loss', patience=9), ShowGraphCallback()]
+    def trackers():
+        early = EarlyStoppingCallback('train_loss', patience=9)
+        return [SaveModelCallback('train_loss', every_epoch=True), early, ShowGraphCallback()]
     with pytest.raises(KeyboardInterrupt): new_learner().fit(3, cbs=[Checkpoint('c'), Stop(2), *trackers()])
-    Path('models/model.pth').unlink()
+    for file in Path('models').iterdir(): file.unlink()
     learn = new_learner()
     learn.fit(3, cbs=[Checkpoint('c', resume=True), *trackers()])
     assert_alike(learn, fit(new_learner()))
-    assert Path('models/model.pth').exists()
+    assert sorted(file.name for file in Path('models').iterdir()) == ['model_1.pth', 'model_2.pth']
 
 
 def test_only_a_fit_is_kept(tmp_path, at_hand, monkeypatch):
-    "A learner whose own the checkpoint is: evaluations and `lr_find` leave the file alone, the next fit resumes it, the one after begins anew"
+    "Evaluations and `lr_find` leave the file of a learner alone; the next fit resumes it, the one after begins anew"
     monkeypatch.chdir(tmp_path)
     learn = new_learner(cbs=Checkpoint('c', resume=True))
     with pytest.raises(KeyboardInterrupt): fit(learn, Stop(2))
     kept = Path('c').read_bytes()
+    lr_find = partial(learn.lr_find, num_it=3, show_plot=False, suggest_funcs=None)
     with learn.no_bar(), learn.no_logging():
-        for use in (learn.validate, learn.get_preds, partial(learn.lr_find, num_it=3, show_plot=False, suggest_funcs=None)):
+        for use in (learn.validate, learn.get_preds, lr_find):
             use()
             assert Path('c').read_bytes() == kept
     assert history(fit(learn)).epoch.tolist() == [1, 2, 3]
@@ -152,14 +157,15 @@ def test_only_a_fit_is_kept(tmp_path, at_hand, monkeypatch):
 
 def test_a_finished_fit_is_loaded(tmp_path, at_hand):
     "As in a cell that is run again"
-    done = fit(new_learner(), Checkpoint(tmp_path/'c', resume=True))
-    assert_alike(done, fit(new_learner(), Checkpoint(tmp_path/'c', resume=True)))
+    done = fit(new_learner(fast=True), Checkpoint(tmp_path/'c', resume=True))
+    assert_alike(done, fit(new_learner(fast=True), Checkpoint(tmp_path/'c', resume=True)))
 
 
 def test_a_checkpoint_of_another_fit(tmp_path, at_hand):
     fit(new_learner(), Checkpoint(tmp_path/'c'))
     def refused(what, learn, **kwargs):
-        with pytest.raises(ValueError, match=f'c is of another fit, with other {what}'): fit(learn, Checkpoint(tmp_path/'c', resume=True), **kwargs)
+        with pytest.raises(ValueError, match=f'c is of another fit, with other {what}'):
+            fit(learn, Checkpoint(tmp_path/'c', resume=True), **kwargs)
     refused('epochs', new_learner(), n=4)
     refused('rates', new_learner(), lr=0.5)
     refused('schedules', new_learner(), how='fit_one_cycle', lr_max=0.5)
@@ -175,7 +181,8 @@ def test_what_a_checkpoint_is_not_for(tmp_path):
     stock = Learner(dls, new_learner().model, loss_func=torch.nn.functional.nll_loss)
     data = torch.utils.data.TensorDataset(torch.rand(64,1,28,28), torch.arange(64) % 10)
     other = block3_learner(DataLoaders(*(torch.utils.data.DataLoader(data, 64) for _ in range(2))))
-    for learn,file,error in ((stock, 'c', 'made by block3_learner'), (other, 'c', "fastai's loaders"), (new_learner(), 'none/c', 'is no folder')):
+    wrong = 'learners made by block3_learner'
+    for learn,file,error in ((stock, 'c', wrong), (other, 'c', wrong), (new_learner(), 'none/c', 'is no folder')):
         with pytest.raises((ValueError, OSError), match=error): fit(learn, Checkpoint(tmp_path/file), Stop(0))
 
 
@@ -214,7 +221,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('text,message', [
-    (None, 'is no run folder: it has no settings.json'), ('{', 'settings.json cannot be used'), ('[1]', 'settings.json cannot be used'),
+    (None, 'is no run folder: it has no settings.json'), ('[1]', 'settings.json cannot be used'),
     (json.dumps(dict(settings=dict(valid='tset'))), "valid='tset'")])
 def test_a_mistake_in_resuming(tmp_path, text, message):
     if text: (tmp_path/'settings.json').write_text(text)
@@ -233,22 +240,14 @@ def test_a_folder_has_one_process(tmp_path):
     train_run(folder, **few | dict(epochs=1))
 
 
-def test_other_ranks_leave_the_files_of_the_first(tmp_path, monkeypatch):
-    folder = train_run(tmp_path/'run', **few | dict(epochs=1))[1]
-    (folder/'summary.json').unlink()
-    before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
-    monkeypatch.setenv('RANK', '1')
-    resume_run(folder)
-    assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
-
-
 # signals
 
 def console(folder, *args):
     "`block3_train`, which listens to Ctrl-C, as a job in the background does not"
-    return subprocess.Popen([Path(sys.executable).parent/'block3_train', *args], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | dict(OMP_NUM_THREADS='1'),
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    def listen(): signal.signal(signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen([Path(sys.executable).parent/'block3_train', *args], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen,
+                            env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 
 @pytest.mark.parametrize('num,code', [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
@@ -292,7 +291,7 @@ class Disk:
         return how == self.how and self.left == -1
 
     def fsync(self, fsync, fd):
-        if stat.S_ISREG(os.fstat(fd).st_mode) and self.hit('full'): raise OSError(errno.ENOSPC, 'No space left on device')
+        if self.hit('full'): raise OSError(errno.ENOSPC, 'No space left on device')
         return fsync(fd)
 
     def replace(self, replace, a, b):
@@ -301,7 +300,7 @@ class Disk:
 
 
 def n_writes(monkeypatch, how, work, mended):
-    "Do `work` with its write 0 failing, 1 failing and so on, and what is `mended` after each; how many writes there are"
+    "Do `work` with each of its writes failing in turn, and what is `mended` after each; how many writes there are"
     for n in range(40):
         with monkeypatch.context() as m:
             disk = Disk(m, how, n)
@@ -316,7 +315,7 @@ def tidy(folder): assert not list(Path(folder).rglob('*.tmp'))
 
 @pytest.mark.parametrize('how', ['full', pytest.param('rename', marks=pytest.mark.slow)])
 def test_every_write_of_a_run_may_fail(tmp_path, at_hand, monkeypatch, how):
-    "Nothing is half written, the last checkpoint is whole, the error says how to resume; and with room again the run goes on"
+    "The last checkpoint is whole, the error says how to resume, and with room again the run goes on"
     two = few | dict(epochs=2, n_train=16)
     want = weights(train_run(tmp_path/'whole', **two)[1])
     def work(n):
@@ -327,7 +326,6 @@ def test_every_write_of_a_run_may_fail(tmp_path, at_hand, monkeypatch, how):
     def mended(n):
         folder = tmp_path/f'{n}'
         tidy(folder)
-        if (folder/'checkpoint.safetensors').exists(): read_checkpoint(folder/'checkpoint.safetensors')
         if (folder/'settings.json').exists(): resume_run(folder)
         else: train_run(folder, **two)
         assert same(weights(folder), want), n
