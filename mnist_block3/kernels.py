@@ -181,7 +181,7 @@ class _Batch:
 
 def _addresses(tensors): return (ctypes.c_void_p*len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
-# %% ../nbs/05b_kernels.ipynb #4e37ca76
+# %% ../nbs/05b_kernels.ipynb #44d0af25
 class _Plan:
     "What batches of one type and shape have in common"
     def __init__(self, ops, dtype, shape):
@@ -191,6 +191,7 @@ class _Plan:
         self.specs = (_Spec*len(ops))(*[op.spec() for op in ops])
         self.fits = self.lib is not None
         self.mask_sizes = []
+        self.probs = None # of the last dropout
         self.free = [] # buffers that are not in use
         for op in ops:
             self.fits = self.fits and op.fits(*shape)
@@ -228,7 +229,7 @@ class Run(nn.Module):
         if key not in self.plans: self.plans[key] = _Plan(self.ops, *key)
         return self.plans[key] if self.plans[key].fits else None
 
-# %% ../nbs/05b_kernels.ipynb #d09d5785
+# %% ../nbs/05b_kernels.ipynb #6862840d
 @patch
 def masks(self:Run,
     plan:_Plan,
@@ -238,8 +239,10 @@ def masks(self:Run,
     addresses = (ctypes.c_void_p*(len(self.ops)+2))() # the first and the last are for loading and storing
     if not any(probs): return addresses, None
     sizes = [size if p else 0 for p,size in zip(probs, plan.mask_sizes)]
-    keep = torch.cat([torch.full((size,), 1-p, dtype=plan.dtype) for p,size in zip(probs, sizes)])
-    masks = torch.bernoulli(keep).div_(keep)
+    if probs != plan.probs:
+        plan.probs = probs
+        plan.keep = torch.cat([torch.full((size,), 1-p, dtype=plan.dtype) for p,size in zip(probs, sizes)])
+    masks = torch.bernoulli(plan.keep).div_(plan.keep)
     at = masks.data_ptr()
     for i,size in enumerate(sizes):
         if size: addresses[i+1] = at
