@@ -49,7 +49,7 @@ test-slow: $(dev_env) ## Run what `make test` leaves out for its length
 test-random: $(dev_env) ## Run the tests in random order
 	$(with_dev) OMP_NUM_THREADS=1 python -m pytest -n auto --random-order $(ARGS)
 
-bench: $(bench_env) ## Measure speed against other ways, for a quarter of an hour or more; options in ARGS="--all --one-epoch"
+bench: $(bench_env) ## Measure speed against other ways, for a quarter of an hour or more; options in ARGS="--all --whole"
 	@$(bench_bin)/python benchmarks/bench.py $(ARGS)
 
 readme: $(dev_env) ## Make README.md from nbs/index.ipynb

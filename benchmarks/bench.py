@@ -14,18 +14,25 @@ from mnist_block3.run import run_environment
 
 here = Path(__file__).resolve().parent
 ways = {
-    'reference': dict(module='reference'),
-    'pytorch':   dict(module='pytorch'),
-    'plain':     dict(module='ours', fast=False),
-    'fast':      dict(module='ours'),
-    'fast bf16': dict(module='ours', bf16=True)}
+    'reference':        dict(module='reference'),
+    'pytorch':          dict(module='pytorch'),
+    'pytorch compiled': dict(module='pytorch', compiled=True),
+    'plain':            dict(module='ours', fast=False),
+    'fast':             dict(module='ours')}
+on_cpu = {
+    'fast, 1 thread':   dict(module='ours', threads=1),
+    'fast, busy core':  dict(module='ours', busy=True)}
+on_cuda = {
+    'fast bf16':        dict(module='ours', bf16=True)}
 peers = {'fastai': dict(module='fastai_files'), 'lightning': dict(module='lightning_mnist')}
+all_ways = ways | on_cpu | on_cuda | peers
 columns = {
     'imports':      'import s',
     'first_epoch':  'first epoch s',
     'warm_train':   'train s',
     'warm_valid':   'evaluate s',
     'warm_epoch':   'epoch s',
+    'valid_10000':  'evaluate 10,000 s',
     'fit15':        '15 epochs s',
     'process':      'process s',
     'images_per_s': 'images/s',
@@ -33,15 +40,11 @@ columns = {
     'gpu_memory':   'GPU MiB'}
 
 
-def round_jobs(names, n_warm=1, one_epoch=False, device='cpu'):
+def round_jobs(names, n_warm=1, whole=False):
     "The processes of a round by name. `fit` is what a user would ask for, of which `n_epoch` epochs are run"
     jobs = {'floor': dict(module='floor', fit=0, n_epoch=0)}
-    for name in names: jobs[name] = (ways | peers)[name] | dict(fit=max(15, n_warm+1), n_epoch=n_warm+1)
-    if one_epoch:
-        for name in ('plain', 'fast'): jobs[f'{name}, fit(1)'] = ways[name] | dict(fit=1, n_epoch=1)
-    if one_epoch and device == 'cuda':
-        for name in ('plain', 'fast', 'fast bf16'):
-            jobs[f'{name}, fit(15)'] = ways[name] | dict(fit=15, n_epoch=15)
+    for name in names: jobs[name] = all_ways[name] | dict(fit=max(15, n_warm+1), n_epoch=n_warm+1)
+    if whole: jobs['fast, fit(15)'] = ways['fast'] | dict(fit=15, n_epoch=15)
     return jobs
 
 
@@ -69,13 +72,13 @@ def tree_memory(pid):
 
 
 def run_process(**kwargs):
-    """The output of a fresh process with an empty compile cache, and its peak memory, seen every two seconds.
+    """The output of a fresh process with an empty cache of compiled code, and its peak memory, seen every two seconds.
 
     Raises `RuntimeError` with the last lines of stderr where it fails."""
     command = [sys.executable, here/'run_way.py', json.dumps(kwargs | dict(began=time.time()))]
     peak = 0
     with tempfile.TemporaryDirectory() as cache:
-        env = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=cache)
+        env = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=cache, XDG_CACHE_HOME=cache)
         p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             while True:
@@ -104,13 +107,13 @@ def start():
                 command=' '.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]]))
 
 
-def measure_rounds(path, device, names, rounds=3, n_warm=1, n_train=60_000, one_epoch=False):
+def measure_rounds(path, device, names, rounds=3, n_warm=1, n_train=60_000, whole=False):
     "Measure what is not yet in `path`; returns the contents of `path` then, and the jobs that failed"
     about = dict(settings=dict(n_train=n_train, n_warm=n_warm), **run_environment(device))
     data = load_results(path, about)
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {(run['job'], run['round']) for run in data['runs']}
-    jobs = round_jobs(names, n_warm, one_epoch, device.type)
+    jobs = round_jobs(names, n_warm, whole)
     todo = [(i,job) for i in range(rounds) for job in jobs if (job,i) not in done]
     failed = set()
     if todo: data['starts'].append(start())
@@ -192,19 +195,19 @@ def parse_args(names):
     p.add_argument('--epochs', type=int, default=1, help='warm epochs in a process; 14 for 15 whole epochs')
     p.add_argument('--only', nargs='+', choices=names, metavar='NAME', help=', '.join(names))
     p.add_argument('--all', action='store_true', help='also fastai and Lightning as their tutorials use them')
-    p.add_argument('--one-epoch', action='store_true', help='also fit(1), and on a GPU fit(15)')
+    p.add_argument('--whole', action='store_true', help='also 15 whole epochs of the fast path')
     p.add_argument('--n_train', type=int, default=60_000, help='training images, to try things out')
     p.add_argument('--out', type=Path, help='default: nbs/results/speed/DEVICE.json')
     return p, p.parse_args()
 
 
 def main():
-    p,args = parse_args([*ways, *peers])
+    p,args = parse_args(list(all_ways))
     device = get_device(args.device)
     if device.type not in ('cpu', 'cuda'): p.error(f'--device {device.type}: device is cpu or cuda')
     path = args.out or here.parent/'nbs'/'results'/'speed'/f'{device.type}.json'
-    names = args.only or [*ways, *(peers if args.all else [])]
-    settings = args.rounds, args.epochs, args.n_train, args.one_epoch
+    names = args.only or [*ways, *dict(cpu=on_cpu, cuda=on_cuda)[device.type], *(peers if args.all else [])]
+    settings = args.rounds, args.epochs, args.n_train, args.whole
     try: data,failed = measure_rounds(path, device, names, *settings)
     except ValueError as e: p.error(str(e))
     print_results(data)

@@ -7,7 +7,6 @@ import json, re, time
 from argparse import ArgumentParser
 from collections import Counter
 from pathlib import Path
-from torch._inductor import config
 from torch.profiler import profile, ProfilerActivity, record_function
 from mnist_block3.all import *
 from mnist_block3.data import DigitDL
@@ -17,9 +16,11 @@ from bench import here, start
 rows = { # the first that fits the names of an operation and of all around it, outermost first
     'loading and augmentation': r'loading|affine_grid_generator',
     'optimizer': r'Optimizer|_fused_sgd',
-    'convolution, backward': r'aten::convolution_backward|Backward.*aten::mm\b',
-    'convolution, forward': r'aten::(conv2d|convolution|mkldnn_convolution|mm)\b',
-    'BatchNorm and other layers': r'aten::|graph_\d+_'}
+    'kernels, backward': r'_RunFunctionBackward',
+    'kernels, forward': r'_RunFunction',
+    'convolution, backward': r'aten::convolution_backward',
+    'convolution, forward': r'aten::(conv2d|convolution|mkldnn_convolution)\b',
+    'BatchNorm and other layers': r'aten::'}
 rest = 'Python and the rest'
 
 
@@ -83,7 +84,6 @@ def main():
     args = p.parse_args()
     old_iter = DigitDL.__iter__
     DigitDL.__iter__ = lambda self: named_batches(old_iter(self))
-    config.cpp.enable_kernel_profile = True
     ways = [profile_way(fast, args.n_steps) for fast in (False, True)]
     for way in ways:
         print(f'\n{way["way"]} ({way["engine"]}): {way["step_ms"]:.1f} ms a step, '

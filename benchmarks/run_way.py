@@ -1,7 +1,8 @@
 "Run one way in this process and print its times as JSON; bench.py starts it, with the settings as JSON"
 import time
 started = time.perf_counter()
-import importlib, json, statistics, sys
+import importlib, json, statistics, subprocess, sys
+from contextlib import contextmanager, nullcontext
 
 
 def timings(clock, n_train):
@@ -17,15 +18,25 @@ def timings(clock, n_train):
     return out | dict(fit15=fit15, extrapolated=extrapolated, images_per_s=n_train/out['warm_train'])
 
 
-def measure(module, device, n_train, n_epoch, fit, seed, files, began, **kwargs):
+@contextmanager
+def busy_core():
+    "Another process keeps a core busy"
+    other = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
+    try: yield
+    finally: other.kill()
+
+
+def measure(module, device, n_train, n_epoch, fit, seed, files, began, threads=None, busy=False, **kwargs):
     "The times of `run` in `ways.<module>`; `began`: when this process was started"
     way = importlib.import_module(f'ways.{module}')
     import torch
     from ways.common import Clock
     imported = time.perf_counter()
     torch.manual_seed(seed)
+    if threads: torch.set_num_threads(threads)
     clock = Clock(device)
-    out = way.run(clock, device=device, n_train=n_train, n_epoch=n_epoch, fit=fit, files=files, **kwargs)
+    with busy_core() if busy else nullcontext():
+        out = way.run(clock, device=device, n_train=n_train, n_epoch=n_epoch, fit=fit, files=files, **kwargs)
     if clock.marks:
         setup = clock.at('fit')[0] - imported
         out |= dict(process=time.time() - began, imports=imported - started, setup=setup)

@@ -133,28 +133,28 @@ def fake(monkeypatch):
 
 def test_a_restart_goes_on(tmp_path, fake):
     path = tmp_path/'cpu.json'
-    def measure(): return bench.measure_rounds(path, cpu, ['pytorch', 'fast'], rounds=2, one_epoch=True)
+    def measure(): return bench.measure_rounds(path, cpu, ['pytorch', 'fast'], rounds=2, whole=True)
     fake.stop_at = 4
     with pytest.raises(KeyboardInterrupt): measure()
     assert len(json.loads(path.read_text())['runs']) == 4
     fake.stop_at = None
     data,failed = measure()
-    jobs = ['floor', 'pytorch', 'fast', 'plain, fit(1)', 'fast, fit(1)']
+    jobs = ['floor', 'pytorch', 'fast', 'fast, fit(15)']
     done = [(run['job'], run['round']) for run in data['runs']]
     assert done == [(job, i) for i in range(2) for job in jobs]
     assert json.loads(path.read_text()) == data and not failed and len(data['starts']) == 2
     assert set(data) >= {'settings', 'versions', 'machine'}
     assert set(data['starts'][0]) >= {'date', 'commit', 'command'}
     measure()
-    assert fake.n_calls == 10
+    assert fake.n_calls == 8
     with pytest.raises(ValueError, match='n_train.*--out'):
         bench.measure_rounds(path, cpu, ['pytorch'], n_train=640)
 
 
 def test_table_and_chart(tmp_path, fake):
-    data,_ = bench.measure_rounds(tmp_path/'cpu.json', cpu, ['pytorch', 'fast'], one_epoch=True)
+    data,_ = bench.measure_rounds(tmp_path/'cpu.json', cpu, ['pytorch', 'fast'], whole=True)
     table = bench.summary_table(data)
-    assert list(table.index) == ['pytorch', 'fast', 'plain, fit(1)', 'fast, fit(1)']
+    assert list(table.index) == ['pytorch', 'fast', 'fast, fit(15)']
     assert table.loc['fast', '15 epochs s'] == '25.40 (25.40) *'
     labels = bench.draw_chart(data).axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == ['fast', 'pytorch']
@@ -175,10 +175,11 @@ def test_rows_of_the_profile():
     assert row('loading', 'aten::index') == 'loading and augmentation'
     assert row('aten::conv2d', 'aten::mkldnn_convolution') == 'convolution, forward'
     assert row('ConvolutionBackward0', 'aten::convolution_backward') == 'convolution, backward'
-    assert row('CompiledFunctionBackward', 'aten::mm') == 'convolution, backward'
+    assert row('_RunFunction') == 'kernels, forward'
+    assert row('autograd::engine::evaluate_function: _RunFunctionBackward', '_RunFunctionBackward') == 'kernels, backward'
     assert row('Optimizer.step#SGD.step', 'aten::add_') == 'optimizer'
     assert row('aten::batch_norm', 'aten::native_batch_norm') == 'BatchNorm and other layers'
-    assert row('## Call CompiledFxGraph abc ##') == profile_step.rest
+    assert row('cudaLaunchKernel') == profile_step.rest
 
 
 @pytest.mark.slow

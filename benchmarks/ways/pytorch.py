@@ -50,11 +50,12 @@ def evaluate(model, batches):
     return sum((model(xb).argmax(1) == yb).sum() for xb,yb in batches).item()
 
 
-def run(clock, device, n_train, n_epoch, **kwargs):
+def run(clock, device, n_train, n_epoch, compiled=False, **kwargs):
     "Train, and evaluate on the test images"
     images,labels = [t[:n_train].to(device) for t in read_split('train')]
     test_images,test_labels = [t.to(device) for t in read_split('t10k')]
     model = Block3().to(device)
+    if compiled: model.compile()
     opt = optimizer(model)
     sched = torch.optim.lr_scheduler.StepLR(opt, step_size=15, gamma=0.1)
     clock('fit')
