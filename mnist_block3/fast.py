@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_function', 'why_plain', 'FastEpoch', 'schedulers', 'epoch_schedule']
 
-# %% ../nbs/07_fast.ipynb #80cbabd5
+# %% ../nbs/07_fast.ipynb #7eb31603
 import time
 from contextlib import nullcontext
 import numpy as np
@@ -24,7 +24,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.vision.augment import RandTransform
 from fastprogress.fastprogress import ConsoleMasterBar
 from .data import DigitDL
-from .kernels import fuse, kernel_threads, why_no_kernels
+from .kernels import fixed, fuse, kernel_threads, why_no_kernels
 from .steps import Steps
 
 # %% ../nbs/07_fast.ipynb #27f7589e
@@ -236,14 +236,7 @@ def _leave_to_fastai(self:FastEpoch):
     self.engine = 'plain'
     if self.on: self._say(f"Taking fastai's own training loop: {self.why}")
 
-# %% ../nbs/07_fast.ipynb #44308997
-def _attrs(obj):
-    "The plain values among the attributes of `obj`, and where its tensors lie"
-    simple = (bool, int, float, str, tuple, type(None))
-    values = [(k, v) for k,v in sorted(vars(obj).items()) if isinstance(v, simple)]
-    places = [(k, v.data_ptr()) for k,v in vars(obj).items() if isinstance(v, torch.Tensor)]
-    return id(obj), values, places
-
+# %% ../nbs/07_fast.ipynb #4d529bba
 def _signature(learn, options):
     "All that `Steps` takes for granted"
     dl,loss,sgd = learn.dls.train,learn.loss_func,learn.opt.opt
@@ -252,7 +245,7 @@ def _signature(learn, options):
     bufs = [sgd.state.get(p, {}).get('momentum_buffer') for g in sgd.param_groups for p in g['params']]
     per_step = {'params', 'lr', 'initial_lr'} | ({'momentum'} if options['sched_mom'] else set())
     groups = [[(k, v) for k,v in g.items() if k not in per_step] + [id(p) for p in g['params']] for g in sgd.param_groups]
-    return (options, dl.bs, dl.n, dl.drop_last, groups, [_attrs(obj) for obj in objects],
+    return (options, dl.bs, dl.n, dl.drop_last, groups, [(id(o), fixed(vars(o))) for o in objects],
             [(t.data_ptr(), t.stride(), t.requires_grad) for t in tensors],
             [buf is not None and buf.data_ptr() for buf in bufs])
 

@@ -192,15 +192,19 @@ def parts(self:Steps):
     sizes = dict(fill=self.n_steps, full=self.n_full, rest=self.n_rest)
     return {name: part for name,part in parts.items() if sizes[name]}
 
-# %% ../nbs/06_steps.ipynb #3533e748
+# %% ../nbs/06_steps.ipynb #b1eaffa2
 @patch
 @contextmanager
 def undone(self:Steps):
     "Put everything back at the end that steps change"
     bufs = [buf for group in self.groups for buf in group.bufs if buf is not None]
-    tensors = [*self.model.parameters(), *self.model.buffers(), *bufs, self.losses, self.n_right, self.at]
+    loss = getattr(self.loss_func, 'func', self.loss_func)
+    modules = [self.model, loss] if isinstance(loss, nn.Module) else [self.model]
+    buffers = [b for m in modules for b in m.buffers()]
+    tensors = [*self.model.parameters(), *buffers, *bufs, self.losses, self.n_right, self.at]
     kept = [t.detach().clone() for t in tensors]
-    python = PythonState(self.model)
+    owners = [f.__self__ for f in self.tfms if hasattr(f, '__self__')]
+    python = PythonState(*modules, self.loss_func, *owners)
     cuda = [self.device] if self.device.type == 'cuda' else []
     with torch.random.fork_rng(cuda):
         try: yield python
@@ -210,7 +214,7 @@ def undone(self:Steps):
                 for t,value in zip(tensors, kept): t.copy_(value)
             for p in self.model.parameters(): p.grad = None
 
-# %% ../nbs/06_steps.ipynb #776e3a5e
+# %% ../nbs/06_steps.ipynb #4c4ffc94
 @patch
 def prepare(self:Steps):
     "Try each part, and capture it on a GPU"
@@ -230,12 +234,35 @@ def _capture_all(self:Steps, python):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3): self._try()
+            for _ in range(2): self._try()
+            with _no_waiting(): self._try()
         torch.cuda.current_stream().wait_stream(side)
         if not python.unchanged():
             raise RuntimeError('the model changes something in Python, or draws random numbers on the CPU')
-        pool = torch.cuda.graph_pool_handle()
-        for name,part in self.parts.items():
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=side): part()
-            self.graphs[name] = graph
+        with _left_whole(self.device): self._capture(side)
+
+@patch
+def _capture(self:Steps, side):
+    pool = torch.cuda.graph_pool_handle()
+    for name,part in self.parts.items():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side): part()
+        self.graphs[name] = graph
+
+@contextmanager
+def _no_waiting():
+    "An operation that waits for the device is an error here, as it would be in a capture"
+    torch.cuda.set_sync_debug_mode('error')
+    try: yield
+    finally: torch.cuda.set_sync_debug_mode('default')
+
+@contextmanager
+def _left_whole(device):
+    "A capture that fails leaves PyTorch's stream and generator as if it went on; put both back"
+    stream = torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[device.index]
+    try: yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
