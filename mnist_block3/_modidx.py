@@ -80,6 +80,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mnist_block3.data.DigitDL.before_iter': ('data.html#digitdl.before_iter', 'mnist_block3/data.py'),
                                    'mnist_block3.data.DigitDL.create_batches': ('data.html#digitdl.create_batches', 'mnist_block3/data.py'),
                                    'mnist_block3.data.DigitDL.resident': ('data.html#digitdl.resident', 'mnist_block3/data.py'),
+                                   'mnist_block3.data.DigitDL.shuffle_fn': ('data.html#digitdl.shuffle_fn', 'mnist_block3/data.py'),
                                    'mnist_block3.data.DigitDL.take': ('data.html#digitdl.take', 'mnist_block3/data.py'),
                                    'mnist_block3.data.DigitDL.to_detach': ('data.html#digitdl.to_detach', 'mnist_block3/data.py'),
                                    'mnist_block3.data.DigitImage': ('data.html#digitimage', 'mnist_block3/data.py'),

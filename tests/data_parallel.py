@@ -41,7 +41,7 @@ def note_shares(dl):
     shares = []
     take = dl.take
     def noted_take(idxs):
-        shares.append(list(idxs))
+        shares.append([int(i) for i in idxs])
         return take(idxs)
     dl.take = noted_take
     return shares
