@@ -44,7 +44,8 @@ def round_jobs(names, n_warm=1, whole=False):
     "The processes of a round by name. `fit` is what a user would ask for, of which `n_epoch` epochs are run"
     jobs = {'floor': dict(module='floor', fit=0, n_epoch=0)}
     for name in names: jobs[name] = all_ways[name] | dict(fit=max(15, n_warm+1), n_epoch=n_warm+1)
-    if whole: jobs['fast, fit(15)'] = ways['fast'] | dict(fit=15, n_epoch=15)
+    if whole: jobs |= {'fast, fit(15)': ways['fast'] | dict(fit=15, n_epoch=15),
+                       'fast, fit_tuned(2)': ways['fast'] | dict(tuned=True, fit=2, n_epoch=2)}
     return jobs
 
 
@@ -195,7 +196,7 @@ def parse_args(names):
     p.add_argument('--epochs', type=int, default=1, help='warm epochs in a process; 14 for 15 whole epochs')
     p.add_argument('--only', nargs='+', choices=names, metavar='NAME', help=', '.join(names))
     p.add_argument('--all', action='store_true', help='also fastai and Lightning as their tutorials use them')
-    p.add_argument('--whole', action='store_true', help='also 15 whole epochs of the fast path')
+    p.add_argument('--whole', action='store_true', help='also 15 whole epochs of the fast path, and 2 of the tuned recipe')
     p.add_argument('--n_train', type=int, default=60_000, help='training images, to try things out')
     p.add_argument('--out', type=Path, help='default: nbs/results/speed/DEVICE.json')
     return p, p.parse_args()

@@ -139,14 +139,14 @@ def test_a_restart_goes_on(tmp_path, fake):
     assert len(json.loads(path.read_text())['runs']) == 4
     fake.stop_at = None
     data,failed = measure()
-    jobs = ['floor', 'pytorch', 'fast', 'fast, fit(15)']
+    jobs = ['floor', 'pytorch', 'fast', 'fast, fit(15)', 'fast, fit_tuned(2)']
     done = [(run['job'], run['round']) for run in data['runs']]
     assert done == [(job, i) for i in range(2) for job in jobs]
     assert json.loads(path.read_text()) == data and not failed and len(data['starts']) == 2
     assert set(data) >= {'settings', 'versions', 'machine'}
     assert set(data['starts'][0]) >= {'date', 'commit', 'command'}
     measure()
-    assert fake.n_calls == 8
+    assert fake.n_calls == 10
     with pytest.raises(ValueError, match='n_train.*--out'):
         bench.measure_rounds(path, cpu, ['pytorch'], n_train=640)
 
@@ -154,7 +154,7 @@ def test_a_restart_goes_on(tmp_path, fake):
 def test_table_and_chart(tmp_path, fake):
     data,_ = bench.measure_rounds(tmp_path/'cpu.json', cpu, ['pytorch', 'fast'], whole=True)
     table = bench.summary_table(data)
-    assert list(table.index) == ['pytorch', 'fast', 'fast, fit(15)']
+    assert list(table.index) == ['pytorch', 'fast', 'fast, fit(15)', 'fast, fit_tuned(2)']
     assert table.loc['fast', '15 epochs s'] == '25.40 (25.40) *'
     labels = bench.draw_chart(data).axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == ['fast', 'pytorch']
