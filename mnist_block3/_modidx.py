@@ -255,6 +255,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mnist_block3.kernels._compiled': ('kernels.html#_compiled', 'mnist_block3/kernels.py'),
                                       'mnist_block3.kernels._drawn': ('kernels.html#_drawn', 'mnist_block3/kernels.py'),
                                       'mnist_block3.kernels._fixed': ('kernels.html#_fixed', 'mnist_block3/kernels.py'),
+                                      'mnist_block3.kernels._hooked': ('kernels.html#_hooked', 'mnist_block3/kernels.py'),
                                       'mnist_block3.kernels._is_conv': ('kernels.html#_is_conv', 'mnist_block3/kernels.py'),
                                       'mnist_block3.kernels._is_pool': ('kernels.html#_is_pool', 'mnist_block3/kernels.py'),
                                       'mnist_block3.kernels._layer': ('kernels.html#_layer', 'mnist_block3/kernels.py'),

@@ -62,7 +62,7 @@ def _build(real, march):
     try:
         command = _compile_command(real)
         try: return _open(_compiled(command, xdg_cache_home()/'mnist_block3')), None
-        except PermissionError:
+        except OSError: # perhaps the folder cannot be written
             with tempfile.TemporaryDirectory() as tmp: return _open(_compiled(command, Path(tmp))), None
     except OSError as e: return None, str(e)
 
@@ -128,7 +128,9 @@ def fits(self:Op,
 ) -> bool:
     "Whether the kernels cover this layer for images of this size"
     if isinstance(self.layers[0], nn.AvgPool2d): return _pair(self.layers[0].kernel_size) == (h,w)
-    return min(self.shape(n, c, h, w)) > 0
+    if self.conv and self.conv.in_channels != c: return False # PyTorch raises the error
+    n,c,h,w = self.shape(n, c, h, w)
+    return min(n, c, h, w) > 0 and not (self.norm and n*h*w == 1) # here too
 
 def _pair(size): return size if isinstance(size, tuple) else (size,size)
 
@@ -175,7 +177,8 @@ class _Batch:
     "A batch on its way through the kernels; gives its buffers back when nobody needs it any more"
     def __init__(self, plan):
         self.plan = plan
-        self.buffers = plan.free.pop() if plan.free else _Buffers(plan.lib, plan.specs, plan.shape[1:])
+        try: self.buffers = plan.free.pop()
+        except IndexError: self.buffers = _Buffers(plan.lib, plan.specs, plan.shape[1:])
     def __del__(self): self.plan.free.append(self.buffers)
 
 def _addresses(tensors): return (ctypes.c_void_p*len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
@@ -211,7 +214,7 @@ class Run(nn.Module):
     def __getstate__(self): return self.__dict__ | {'plans': {}}
 
     def forward(self, x):
-        params = [p for op in self.ops if op.conv for p in op.params()]
+        params = [p if p is None else p.contiguous() for op in self.ops if op.conv for p in op.params()]
         plan = self.plan(x, params)
         if plan is None: return self.layers(x)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params)):
@@ -222,7 +225,8 @@ class Run(nn.Module):
     def plan(self, x, params):
         "The plan for images `x`, or `None` where PyTorch has to take them"
         if x.device.type != 'cpu' or x.dim() != 4 or not len(x) or torch.is_autocast_enabled('cpu'): return
-        if x.dtype not in (torch.float32, torch.float64) or any(p is not None and p.dtype != x.dtype for p in params): return
+        if x.dtype not in (torch.float32, torch.float64): return
+        if any(p is not None and (p.dtype != x.dtype or p.device != x.device) for p in params): return
         key = x.dtype, x.shape
         if key not in self.plans: self.plans[key] = _Plan(self.ops, *key)
         return self.plans[key] if self.plans[key].fits else None
@@ -292,7 +296,7 @@ def _is_conv(m):
     padded = isinstance(m.padding, tuple) and m.padding[0] == m.padding[1] < k and m.padding_mode == 'zeros'
     return covered and padded and m.weight.numel() <= 2**16 # PyTorch's matrix products are the faster way for more
 
-def _is_pool(m): return m.kernel_size in (2, (2,2)) and m.stride in (2, (2,2)) and m.padding in (0, (0,0)) and m.dilation == 1 and not m.ceil_mode
+def _is_pool(m): return m.kernel_size in (2, (2,2)) and m.stride in (2, (2,2)) and m.padding in (0, (0,0)) and m.dilation == 1 and not (m.ceil_mode or m.return_indices)
 
 _covers = {
     nn.Conv2d: _is_conv,
@@ -301,7 +305,7 @@ _covers = {
     nn.Dropout: lambda m: m.p < 1,
     nn.Dropout2d: lambda m: m.p < 1,
     nn.MaxPool2d: _is_pool,
-    nn.AvgPool2d: lambda m: m.padding == 0,
+    nn.AvgPool2d: lambda m: m.padding == 0 and m.divisor_override is None,
     nn.AdaptiveAvgPool2d: lambda m: m.output_size in (1, (1,1))}
 
 # %% ../nbs/05b_kernels.ipynb #02f201d9
@@ -309,11 +313,13 @@ _functions = {F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU}
 
 def _layer(gm, node):
     "The module that does what `node` does, if the kernels may cover it"
+    if len(node.args) != 1: return
     if node.op == 'call_module': m = gm.get_submodule(node.target)
-    elif node.target in _functions and len(node.args) == 1: m = _functions[node.target]()
+    elif node.target in _functions: m = _functions[node.target]()
     else: return
-    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return m if type(m) in _covers and _covers[type(m)](m) and not hooks else None
+    return m if type(m) in _covers and _covers[type(m)](m) and not _hooked(m) else None
+
+def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
 
 def _chain(gm, node):
     "Nodes and layers that follow one another from `node`, as far as each has one reader"
@@ -352,6 +358,8 @@ class PythonState:
     ):
         self.objects = [part for o in objects for part in (o.modules() if isinstance(o, nn.Module) else [o]) if hasattr(part, '__dict__')]
         self.attrs = [{k: copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(o).items()} for o in self.objects]
+        self.buffers = [(b, b.clone()) for o in self.objects if isinstance(o, nn.Module) for b in o.buffers(recurse=False)]
+        self.rngs = np.random.get_state(), torch.get_rng_state()
         self.seen = self._look()
 
     def _look(self):
@@ -364,11 +372,16 @@ class PythonState:
         for o,attrs in zip(self.objects, self.attrs):
             for k in vars(o).keys() - attrs.keys(): del vars(o)[k]
             for k,v in attrs.items(): _put_back(vars(o), k, v)
+        for b,value in self.buffers:
+            if not torch.equal(b, value): b.copy_(value)
         random.setstate(self.seen[1])
+        np.random.set_state(self.rngs[0])
+        torch.set_rng_state(self.rngs[1])
 
 def _fixed(v):
     "Something that differs where `v` has changed"
     if isinstance(v, (bool,int,float,str)): return v
+    if isinstance(v, torch.Tensor) and not v.is_inference(): return id(v), v._version
     if isinstance(v, dict): return {k: _fixed(item) for k,item in v.items()}
     return [_fixed(item) for item in v] if isinstance(v, (list,tuple,set)) else id(v)
 
@@ -398,6 +411,8 @@ def fuse(
 
 def _drawn(model):
     "The graph of `model`, or `None` where there is none that does the same each time"
+    drawn_through = [m for m in model.modules() if m is model or not fx.Tracer().is_leaf_module(m, '')]
+    if any(_hooked(m) for m in drawn_through): return # a drawn graph has no place for their hooks
     before = PythonState(model)
     try: gm = fx.symbolic_trace(model)
     except Exception: gm = None

@@ -58,8 +58,12 @@ def recorded_masks():
     with mock.patch.object(Run, 'masks', record), dropout_by(draw): yield tape
 
 def replayed_masks(tape):
-    rest = iter(torch.cat(tape) if tape else [])
-    return dropout_by(lambda size, p: torch.stack([next(rest) for _ in range(size)]))
+    rest = torch.cat(tape) if tape else None
+    def mask(size, p):
+        nonlocal rest
+        first,rest = rest.split([size, len(rest)-size])
+        return first
+    return dropout_by(mask)
 
 def results(net, owner, x):
     "Output, gradients, running statistics; `owner` has the weights of `net`"
@@ -74,8 +78,7 @@ def assert_close(ours, plain, tol=1e-9):
     assert ours.keys() == plain.keys()
     for name,b in plain.items():
         assert ours[name].shape == b.shape
-        off = (ours[name]-b).abs().max() if b.numel() else 0
-        assert off <= tol*(1 + b.abs().max()), name
+        if b.numel(): assert (ours[name]-b).abs().max() <= tol*(1 + b.abs().max()), name
 
 def compare(model, x, n_steps=1, tol=1e-9, n_runs=1):
     "`fuse(model)` gives what `model` gives, by `n_runs` runs"
@@ -189,7 +192,7 @@ def networks(draw):
     for p in model.parameters(): p.requires_grad_(pick(True, True, True, False))
     return model, torch.randn(shape).double()
 
-@pytest.mark.parametrize('n_examples', [40, pytest.param(200, marks=slow)])
+@pytest.mark.parametrize('n_examples', [30, pytest.param(200, marks=slow)])
 def test_random_networks(n_examples, n_threads):
     @settings(max_examples=n_examples, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
     @given(networks(), st.sampled_from(['train', 'eval', 'frozen']), st.integers(1, 3))
@@ -230,7 +233,6 @@ def test_ties_in_a_pool():
 @pytest.mark.parametrize('drop', [nn.Dropout(0.3), nn.Dropout2d(0.3)])
 def test_dropout_keeps_its_share_and_scale(drop):
     net = fuse(nn.Sequential(nn.Conv2d(1, 20, 1), drop))
-    nn.init.ones_(net.get_parameter('0.weight') if '0.weight' in dict(net.named_parameters()) else next(net.parameters()))
     x = torch.ones(500, 1, 2, 2)
     with torch.no_grad():
         for p in net.parameters(): p.fill_(0.5)
@@ -305,14 +307,14 @@ def two_readers(m, x):
 
 @pytest.mark.parametrize('forward,n_runs', [
     (coin, 0), (counter, 0), (counter_in_a_buffer, 0), (control_flow, 0),
-    (twice, 1), (twice_apart, 2), (by_keyword, 1), (in_place, 2), (two_readers, 2)])
+    (twice, 1), (twice_apart, 2), (by_keyword, 1), (in_place, 2), (two_readers, 1)])
 def test_forward_in_python(forward, n_runs):
     model = Calls(forward)
     plain = deepcopy(model)
+    x = images()
     torch.manual_seed(1)
     net = fuse(model)
     assert len(runs(net)) == n_runs
-    x = images()
     ours = [results(net, model, x) for _ in range(5)]
     torch.manual_seed(1)
     for a in ours: assert_close(a, results(plain, plain, x))
@@ -340,13 +342,21 @@ def shared_norm():
     (small(nn.BatchNorm2d(6, track_running_stats=False)), 1),
     (randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, track_running_stats=False))), 1),
     (shared_norm(), 1),
-    (nn.utils.weight_norm(small()[0]), 0),
     (randomise(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)), nn.ReLU(), nn.Conv2d(6, 6, 1))), 1),
     (small().to(memory_format=torch.channels_last), 1)], ids=str)
 def test_other_layers(model, n_runs):
     model.to(torch.float64)
     compare(model, images(), 2, n_runs=n_runs)
     compare(model.eval(), images(), n_runs=n_runs)
+
+def test_old_weight_norm():
+    model = small()
+    plain = deepcopy(model)
+    for m in (model, plain): nn.utils.weight_norm(m[0])
+    x = images()
+    fused = fuse(model)
+    assert not runs(fused)
+    assert_close(results(fused, model, x), results(plain, plain, x))
 
 def test_pool_with_indices():
     class Net(nn.Module):
@@ -381,10 +391,10 @@ def test_other_images(x):
 def test_errors_are_those_of_pytorch(x):
     model = small()
     with pytest.raises((RuntimeError, ValueError)) as plain: deepcopy(model)(x)
-    with pytest.raises(plain.type, match='.*'): fuse(model)(x)
+    with pytest.raises(plain.type): fuse(model)(x)
 
-def test_weights_elsewhere(): 
-    with pytest.raises((RuntimeError, NotImplementedError)): fuse(small().to('meta'))(images())[0].sum().item()
+def test_weights_elsewhere():
+    with pytest.raises(RuntimeError, match='device'): fuse(small().to('meta'))(images())
 
 def test_autocast_and_half(digits):
     model = Block3(drop=0.).eval()
@@ -445,9 +455,9 @@ def test_weights_loaded_into_the_model():
 def test_without_gradients(no_grad, training):
     model = small().train(training)
     x = images(70)
-    with no_grad(): compare_out = fuse(deepcopy(model))(x)
-    assert not compare_out.requires_grad
-    torch.testing.assert_close(compare_out.clone(), model(x).detach())
+    with no_grad(): out = fuse(deepcopy(model))(x)
+    assert not out.requires_grad
+    torch.testing.assert_close(out.clone(), model(x).detach())
 
 
 # The build
@@ -490,7 +500,6 @@ def test_no_compiler(env, rebuild):
 def test_other_processors(march, needs, rebuild, digits, n_threads):
     if torch.backends.cpu.get_cpu_capability() not in needs: pytest.skip(f'this processor lacks {march}')
     rebuild.setattr(kernels, 'march', march)
-    test_random_networks.__wrapped__ if False else None
     test_float32_is_as_exact_as_pytorch(digits, True, nn.Identity())
     test_training_in_double(digits, 10*[1/16], 10)
     test_random_networks(40, n_threads)
