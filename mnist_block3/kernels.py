@@ -167,7 +167,7 @@ class _Call(ctypes.Structure):
     _fields_ += [(name, ctypes.c_void_p) for name in ('x', 'out', 'tensors', 'masks', 'rates', 'g_out', 'g_x', 'grads')]
 
 class _Buffers:
-    "Memory of the C++ side for batches of one shape"
+    "Memory of the C++ side for images of one shape"
     def __init__(self, lib, specs, shape):
         self.lib = lib
         self.run = lib.run_new(specs, len(specs), *shape)
@@ -186,14 +186,14 @@ def _addresses(tensors): return (ctypes.c_void_p*len(tensors))(*[None if t is No
 # %% ../nbs/05b_kernels.ipynb #4e37ca76
 class _Plan:
     "What batches of one type and shape have in common"
-    def __init__(self, ops, dtype, shape):
+    def __init__(self, ops, dtype, shape, free):
         self.lib = _library(dtype)
         self.dtype = dtype
         self.shape = shape
         self.specs = (_Spec*len(ops))(*[op.spec() for op in ops])
         self.fits = self.lib is not None
         self.mask_sizes = []
-        self.free = [] # buffers that are not in use
+        self.free = free # buffers that are not in use, for all batch sizes
         for op in ops:
             self.fits = self.fits and op.fits(*shape)
             shape = op.shape(*shape)
@@ -210,8 +210,9 @@ class Run(nn.Module):
         self.ops = ops
         self.layers = nn.Sequential(*[m for op in ops for m in op.layers])
         self.plans = {}
+        self.free = {}
 
-    def __getstate__(self): return self.__dict__ | {'plans': {}}
+    def __getstate__(self): return self.__dict__ | {'plans': {}, 'free': {}}
 
     def forward(self, x):
         params = [p if p is None else p.contiguous() for op in self.ops if op.conv for p in op.params()]
@@ -228,7 +229,9 @@ class Run(nn.Module):
         if x.dtype not in (torch.float32, torch.float64): return
         if any(p is not None and (p.dtype != x.dtype or p.device != x.device) for p in params): return
         key = x.dtype, x.shape
-        if key not in self.plans: self.plans[key] = _Plan(self.ops, *key)
+        if key not in self.plans:
+            free = self.free.setdefault((x.dtype, x.shape[1:]), [])
+            self.plans[key] = _Plan(self.ops, *key, free)
         return self.plans[key] if self.plans[key].fits else None
 
 # %% ../nbs/05b_kernels.ipynb #d09d5785
