@@ -16,6 +16,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 #include <unistd.h>
@@ -72,6 +73,7 @@ struct Buffer { // vectors in memory, zero at first
 // a block in hand is waited for; after that the first thread works alone for a while. The sums of a block do not depend
 // on the thread, so neither does any result.
 
+namespace { // each library has a team of its own, also where a process loads several
 struct Team {
     std::atomic<uint64_t> job{0}; // number of the job, how many blocks it has, the next one: 24, 20 and 20 bits
     std::atomic<int> n_done{0};
@@ -80,6 +82,7 @@ struct Team {
     int n_started = 1;
     int alone = 0, pause_jobs = 100; // after a long wait for another thread, so many jobs go without it
     pid_t pid = getpid();
+    std::mutex in_use; // by one of several threads of Python
 
     static constexpr uint64_t mask = (1 << 20) - 1;
     static bool open(uint64_t j) { return (j & mask) < (j >> 20 & mask); }
@@ -142,6 +145,7 @@ struct Team {
         return *team;
     }
 };
+} // namespace
 
 // ---------------------------------------------------------------------------------------------------------- images
 
@@ -313,13 +317,13 @@ static void weight_grad_tile(Planes x, Planes g, int co, int n_out, int ci, int 
 }
 
 template<int K, int OB, bool affine>
-static void weight_grad(Planes x, Planes g, int n_in, int n_out, int h_in, int pad, int h, int w, Scale scale, vec* acc) {
+static void weight_grad(Planes x, Planes g, int n_in, int n_out, int h, int pad, int y0, int y1, int w, Scale scale, vec* acc) {
     constexpr int IB = K > 1 ? 1 : OB > 6 ? 3 : 4;
     int rows = std::max(1, first_cache/int(sizeof(vec))/(OB*w)); // so that this part of g stays in the first cache
-    for (int y = 0; y < h; y += rows) for (int co = 0; co < n_out; co += OB) {
-        int y1 = std::min(h, y+rows), ci = 0;
-        for (; ci+IB <= n_in; ci += IB) weight_grad_tile<K,OB,IB,affine>(x, g, co, n_out, ci, n_in, h_in, pad, y, y1, w, scale, acc);
-        for (; ci < n_in; ci++) weight_grad_tile<K,OB,1,affine>(x, g, co, n_out, ci, n_in, h_in, pad, y, y1, w, scale, acc);
+    for (int y = y0; y < y1; y += rows) for (int co = 0; co < n_out; co += OB) {
+        int end = std::min(y1, y+rows), ci = 0;
+        for (; ci+IB <= n_in; ci += IB) weight_grad_tile<K,OB,IB,affine>(x, g, co, n_out, ci, n_in, h, pad, y, end, w, scale, acc);
+        for (; ci < n_in; ci++) weight_grad_tile<K,OB,1,affine>(x, g, co, n_out, ci, n_in, h, pad, y, end, w, scale, acc);
     }
 }
 
@@ -698,15 +702,15 @@ struct Conv : Op { // with what follows it: ReLU, BatchNorm in either order, and
         vec *g = scratch().g.at_least(long(y->c)*rows*wq), *acc = scratch().acc.at_least(n_weights() + y->c), *total = acc + n_weights();
         memset((void*)acc, 0, sizeof(vec)*(n_weights() + y->c));
         bool affine = direct() && x->scaled;
-        Planes in = input(b, true), gz{g, long(rows)*wq, wq}, g_in{g+q, gz.plane, gz.row};
+        Planes in = input(b, true), gz{g, long(rows)*wq, wq};
         std::vector<real> zeros(x->c + 8);
         for (int y0 = 0; y0 < h; y0 += rows) {
             int n = std::min(rows, h-y0);
             output_grad(call, b, y0, n, q, gz, total);
             with_tile(y->c, k, [&]<int K, int OB>() {
-                Planes part{in.p + y0*in.row, in.plane, in.row};
-                if (affine) weight_grad<K,OB,true>(part, g_in, x->c, y->c, x->h-y0, pad, n, y->w, scale(b), acc);
-                else weight_grad<K,OB,false>(part, g_in, x->c, y->c, x->h-y0, pad, n, y->w, {}, acc);
+                Planes from_top{g + q - y0*gz.row, gz.plane, gz.row};
+                if (affine) weight_grad<K,OB,true>(in, from_top, x->c, y->c, x->h, pad, y0, y0+n, y->w, scale(b), acc);
+                else weight_grad<K,OB,false>(in, from_top, x->c, y->c, x->h, pad, y0, y0+n, y->w, {}, acc);
             });
             if (!grad_x) continue;
             Backward out{*x, b, long(y0)*x->w, y0 > 0};
@@ -807,6 +811,7 @@ extern "C" {
     // All ops on all blocks. Where no op needs statistics of the whole batch, a block goes through all ops at once;
     // `keep`: its images are kept for the backward pass, otherwise a thread uses the same memory for all its blocks
     void run_forward(Run* run, const Call* call, int keep) {
+        std::lock_guard lock(Team::get().in_use);
         int blocks = (call->n + L-1)/L, slots = keep ? blocks : Team::get().most_threads(call->threads);
         run->images[0]->wants_grad = call->g_x;
         for (auto& x : run->images) x->allocate(slots, keep);
@@ -824,6 +829,7 @@ extern "C" {
     }
 
     void run_backward(Run* run, const Call* call) {
+        std::lock_guard lock(Team::get().in_use);
         int blocks = (call->n + L-1)/L;
         for (size_t to = run->ops.size(); to > 0;) {
             size_t from = to-1;

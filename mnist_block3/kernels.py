@@ -63,7 +63,7 @@ def _build(real, march):
     try:
         command = _compile_command(real)
         try: return _open(_compiled(command, xdg_cache_home()/'mnist_block3')), None
-        except PermissionError:
+        except OSError: # perhaps the folder cannot be written
             with tempfile.TemporaryDirectory() as tmp: return _open(_compiled(command, Path(tmp))), None
     except OSError as e: return None, str(e)
 
@@ -129,7 +129,9 @@ def fits(self:Op,
 ) -> bool:
     "Whether the kernels cover this layer for images of this size"
     if isinstance(self.layers[0], nn.AvgPool2d): return _pair(self.layers[0].kernel_size) == (h,w)
-    return min(self.shape(n, c, h, w)) > 0
+    if self.conv and self.conv.in_channels != c: return False # PyTorch raises the error
+    n,c,h,w = self.shape(n, c, h, w)
+    return min(n, c, h, w) > 0 and not (self.norm and n*h*w == 1) # here too
 
 def _pair(size): return size if isinstance(size, tuple) else (size,size)
 
@@ -166,7 +168,7 @@ class _Call(ctypes.Structure):
     _fields_ += [(name, ctypes.c_void_p) for name in ('x', 'out', 'tensors', 'masks', 'rates', 'g_out', 'g_x', 'grads')]
 
 class _Buffers:
-    "Memory of the C++ side for batches of one shape"
+    "Memory of the C++ side for images of one shape"
     def __init__(self, lib, specs, shape):
         self.lib = lib
         self.run = lib.run_new(specs, len(specs), *shape)
@@ -176,15 +178,16 @@ class _Batch:
     "A batch on its way through the kernels; gives its buffers back when nobody needs it any more"
     def __init__(self, plan):
         self.plan = plan
-        self.buffers = plan.free.pop() if plan.free else _Buffers(plan.lib, plan.specs, plan.shape[1:])
+        try: self.buffers = plan.free.pop()
+        except IndexError: self.buffers = _Buffers(plan.lib, plan.specs, plan.shape[1:])
     def __del__(self): self.plan.free.append(self.buffers)
 
 def _addresses(tensors): return (ctypes.c_void_p*len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
-# %% ../nbs/05b_kernels.ipynb #44d0af25
+# %% ../nbs/05b_kernels.ipynb #cdaa0282
 class _Plan:
     "What batches of one type and shape have in common"
-    def __init__(self, ops, dtype, shape):
+    def __init__(self, ops, dtype, shape, free):
         self.lib = _library(dtype)
         self.dtype = dtype
         self.shape = shape
@@ -192,7 +195,7 @@ class _Plan:
         self.fits = self.lib is not None
         self.mask_sizes = []
         self.probs = None # of the last dropout
-        self.free = [] # buffers that are not in use
+        self.free = free # buffers that are not in use, for all batch sizes
         for op in ops:
             self.fits = self.fits and op.fits(*shape)
             shape = op.shape(*shape)
@@ -209,11 +212,12 @@ class Run(nn.Module):
         self.ops = ops
         self.layers = nn.Sequential(*[m for op in ops for m in op.layers])
         self.plans = {}
+        self.free = {}
 
-    def __getstate__(self): return self.__dict__ | {'plans': {}}
+    def __getstate__(self): return self.__dict__ | {'plans': {}, 'free': {}}
 
     def forward(self, x):
-        params = [p for op in self.ops if op.conv for p in op.params()]
+        params = [p if p is None else p.contiguous() for op in self.ops if op.conv for p in op.params()]
         plan = self.plan(x, params)
         if plan is None: return self.layers(x)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params)):
@@ -224,9 +228,12 @@ class Run(nn.Module):
     def plan(self, x, params):
         "The plan for images `x`, or `None` where PyTorch has to take them"
         if x.device.type != 'cpu' or x.dim() != 4 or not len(x) or torch.is_autocast_enabled('cpu'): return
-        if x.dtype not in (torch.float32, torch.float64) or any(p is not None and p.dtype != x.dtype for p in params): return
+        if x.dtype not in (torch.float32, torch.float64): return
+        if any(p is not None and (p.dtype != x.dtype or p.device != x.device) for p in params): return
         key = x.dtype, x.shape
-        if key not in self.plans: self.plans[key] = _Plan(self.ops, *key)
+        if key not in self.plans:
+            free = self.free.setdefault((x.dtype, x.shape[1:]), [])
+            self.plans[key] = _Plan(self.ops, *key, free)
         return self.plans[key] if self.plans[key].fits else None
 
 # %% ../nbs/05b_kernels.ipynb #6862840d
@@ -249,7 +256,7 @@ def masks(self:Run,
         at += size*masks.element_size()
     return addresses, masks
 
-# %% ../nbs/05b_kernels.ipynb #e407cca7
+# %% ../nbs/05b_kernels.ipynb #800bd010
 @patch
 def launch(self:Run, plan, x, params, keep):
     "The forward pass: what becomes of images `x`, and the `_Batch`; `keep` what the backward pass needs"
@@ -259,7 +266,6 @@ def launch(self:Run, plan, x, params, keep):
     masks,batch.masks = self.masks(plan)
     rates = (ctypes.c_double*(len(self.ops)+2))(-1, *[op.rate() for op in self.ops], -1)
     stats = [op.running() for op in self.ops if op.conv]
-    params = [p if p is None else p.detach().contiguous() for p in params] # they may be channels last
     tensors = _addresses([t for i,pair in enumerate(stats) for t in params[4*i:4*i+4] + pair])
     out = x.new_empty(plan.out_shape)
     batch.call = _Call(len(x), _threads or torch.get_num_threads(), x.data_ptr(), out.data_ptr(), ctypes.addressof(tensors),
@@ -312,7 +318,7 @@ def _is_conv(m):
     padded = isinstance(m.padding, tuple) and m.padding[0] == m.padding[1] < k and m.padding_mode == 'zeros'
     return covered and padded and m.weight.numel() <= 2**16 # PyTorch's matrix products are the faster way for more
 
-def _is_pool(m): return m.kernel_size in (2, (2,2)) and m.stride in (2, (2,2)) and m.padding in (0, (0,0)) and m.dilation == 1 and not m.ceil_mode
+def _is_pool(m): return m.kernel_size in (2, (2,2)) and m.stride in (2, (2,2)) and m.padding in (0, (0,0)) and m.dilation == 1 and not (m.ceil_mode or m.return_indices)
 
 _covers = {
     nn.Conv2d: _is_conv,
@@ -321,7 +327,7 @@ _covers = {
     nn.Dropout: lambda m: m.p < 1,
     nn.Dropout2d: lambda m: m.p < 1,
     nn.MaxPool2d: _is_pool,
-    nn.AvgPool2d: lambda m: m.padding == 0,
+    nn.AvgPool2d: lambda m: m.padding == 0 and m.divisor_override is None,
     nn.AdaptiveAvgPool2d: lambda m: m.output_size in (1, (1,1))}
 
 # %% ../nbs/05b_kernels.ipynb #02f201d9
@@ -329,11 +335,13 @@ _functions = {F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU}
 
 def _layer(gm, node):
     "The module that does what `node` does, if the kernels may cover it"
+    if len(node.args) != 1: return
     if node.op == 'call_module': m = gm.get_submodule(node.target)
-    elif node.target in _functions and len(node.args) == 1: m = _functions[node.target]()
+    elif node.target in _functions: m = _functions[node.target]()
     else: return
-    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return m if type(m) in _covers and _covers[type(m)](m) and not hooks else None
+    return m if type(m) in _covers and _covers[type(m)](m) and not _hooked(m) else None
+
+def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
 
 def _chain(gm, node):
     "Nodes and layers that follow one another from `node`, as far as each has one reader"
@@ -364,7 +372,7 @@ def _n_first(layers):
         n += 1
     return n + (n < len(layers) and type(layers[n]) is nn.Dropout2d)
 
-# %% ../nbs/05b_kernels.ipynb #f99e4140
+# %% ../nbs/05b_kernels.ipynb #68fb81c8
 class PythonState:
     "What running some objects may change in Python: their attributes, and the random numbers of the CPU"
     def __init__(self,
@@ -372,6 +380,7 @@ class PythonState:
     ):
         self.objects = [part for o in objects for part in (o.modules() if isinstance(o, nn.Module) else [o]) if hasattr(part, '__dict__')]
         self.attrs = [{k: copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(o).items()} for o in self.objects]
+        self.buffers = [(b, b.clone()) for o in self.objects if isinstance(o, nn.Module) for b in o.buffers(recurse=False)]
         self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.seen = self._look()
 
@@ -385,6 +394,8 @@ class PythonState:
         for o,attrs in zip(self.objects, self.attrs):
             for k in vars(o).keys() - attrs.keys(): del vars(o)[k]
             for k,v in attrs.items(): _put_back(vars(o), k, v)
+        for b,value in self.buffers:
+            if not torch.equal(b, value): b.copy_(value)
         for put_back,state in zip((random.setstate, np.random.set_state, torch.set_rng_state), self.random): put_back(state)
 
 def fixed(
@@ -403,7 +414,7 @@ def _put_back(attrs, k, v):
         attrs[k].clear()
         attrs[k].update(v)
 
-# %% ../nbs/05b_kernels.ipynb #78530ffe
+# %% ../nbs/05b_kernels.ipynb #985ff0d9
 def fuse(
     model:nn.Module, # Any module; its mode, training or evaluation, is kept for good
 ) -> nn.Module: # Shares all weights with `model`; `model` itself where nothing can be fused
@@ -422,11 +433,18 @@ def fuse(
 
 def _drawn(model):
     "The graph of `model`, or `None` where there is none that does the same each time"
-    before = PythonState(model)
+    drawn_through = [m for m in model.modules() if m is model or not fx.Tracer().is_leaf_module(m, '')]
+    if any(_hooked(m) for m in drawn_through): return # a drawn graph has no place for their hooks
+    before,versions = PythonState(model),_versions(model)
     try: gm = fx.symbolic_trace(model)
     except Exception: gm = None
-    if gm is not None and before.unchanged(): return gm
+    if gm is not None and before.unchanged() and versions == _versions(model): return gm
     before.restore()
+
+def _versions(model):
+    "How often each buffer, and each tensor that is an attribute, has been changed in place"
+    tensors = [v for m in model.modules() for v in [*m._buffers.values(), *vars(m).values()] if isinstance(v, torch.Tensor)]
+    return [t._version for t in tensors if not t.is_inference()]
 
 def _replace(gm, nodes, run):
     name = f'{nodes[0].name}_run'
