@@ -128,7 +128,7 @@ def _why_not_evaluation(learn, fast_epoch):
         if why := _why_not_cb(cb, fast_epoch): return why
     return _why_not_model(learn.model) or _why_not_metrics(learn.recorder)
 
-# %% ../nbs/07_fast.ipynb #200df926
+# %% ../nbs/07_fast.ipynb #b950c940
 class FastEpoch(Callback):
     "Run each epoch from index to SGD without callback events for its batches, where that gives the same result"
     order = 61 # at 60 or less the progress bar fails
@@ -150,6 +150,7 @@ class FastEpoch(Callback):
         self.steps = None
         self.signature = None
         self.table = None
+        self.fused = None # the model, for evaluation
         self.took = False # whether this epoch, or its evaluation, ran here
 
     def before_fit(self):
@@ -249,7 +250,7 @@ def _signature(learn, options):
             [(t.data_ptr(), t.stride(), t.requires_grad) for t in tensors],
             [buf is not None and buf.data_ptr() for buf in bufs])
 
-# %% ../nbs/07_fast.ipynb #dc5e6ea0
+# %% ../nbs/07_fast.ipynb #c32dcf4f
 @patch
 def _prepare(self:FastEpoch):
     "Have `steps` and the epoch's `table`; why not, or `None`"
@@ -263,6 +264,7 @@ def _prepare(self:FastEpoch):
             self.steps = Steps(self.model, self.loss_func, tfms, dl.dataset.items, self.opt.opt,
                                dl.n, dl.bs, dl.drop_last, **self.options)
             self.steps.prepare()
+            self.fused = None
             self.signature = _signature(self.learn, self.options)
         self.table = epoch_schedule(self.learn, self.steps.n_steps)
     except Exception as e: return f'{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ""}'
@@ -345,7 +347,7 @@ def _tell_losses(self:FastEpoch, losses):
     metric.val = torch.tensor(val)
     self.recorder.losses += torch.tensor(smooth).unbind()
 
-# %% ../nbs/07_fast.ipynb #2deb8f22
+# %% ../nbs/07_fast.ipynb #cc677b92
 @patch
 def _evaluate(self:FastEpoch, dl):
     "All predictions on `dl`, and the metrics on them"
@@ -354,19 +356,19 @@ def _evaluate(self:FastEpoch, dl):
     device = dl.dataset.items.device
     idxs = torch.as_tensor(dl.get_idxs(), device=device)
     if dl.drop_last: idxs = idxs[:len(dl)*dl.bs]
-    model = fuse(learn.model) if self._with_kernels() else learn.model
-    fused = model is not learn.model
+    if self.fused is None: self.fused = fuse(learn.model) if self._with_kernels() else learn.model
+    fused = self.fused is not learn.model
     bs = max(dl.bs, 2500) if fused or device.type == 'cuda' else dl.bs
-    with kernel_threads() if fused else nullcontext(): batches = [self._predict(model, dl, some) for some in idxs.split(bs)]
+    with kernel_threads() if fused else nullcontext(): batches = [self._predict(dl, some) for some in idxs.split(bs)]
     learn.n_iter = len(dl)
     learn.iter = len(dl) - 1
     pred,targ = map(torch.cat, zip(*batches))
     for metric in self.recorder._valid_mets: self._accumulate(metric, pred, targ, dl.bs)
 
 @patch
-def _predict(self:FastEpoch, model, dl, idxs):
+def _predict(self:FastEpoch, dl, idxs):
     x,y = (t.as_subclass(torch.Tensor) for t in dl.after_batch(dl.take(idxs)))
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16): pred = model(x)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16): pred = self.fused(x)
     self.learn.xb = (x,)
     return (pred.float() if self.bf16 else pred), y
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['march', 'why_no_kernels', 'Op', 'Run', 'kernel_threads', 'PythonState', 'fixed', 'fuse']
 
-# %% ../nbs/05b_kernels.ipynb #0f0fc0a5
+# %% ../nbs/05b_kernels.ipynb #15ede559
 import ctypes, hashlib, math, os, platform, random, shutil, subprocess, tempfile
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 import numpy as np
 import torch
@@ -330,23 +331,23 @@ _covers = {
     nn.AvgPool2d: lambda m: m.padding == 0 and m.divisor_override is None,
     nn.AdaptiveAvgPool2d: lambda m: m.output_size in (1, (1,1))}
 
-# %% ../nbs/05b_kernels.ipynb #02f201d9
+# %% ../nbs/05b_kernels.ipynb #35ab2c75
 _functions = {F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU}
 
-def _layer(gm, node):
+def _layer(model, node):
     "The module that does what `node` does, if the kernels may cover it"
     if len(node.args) != 1: return
-    if node.op == 'call_module': m = gm.get_submodule(node.target)
+    if node.op == 'call_module': m = model.get_submodule(node.target)
     elif node.target in _functions: m = _functions[node.target]()
     else: return
     return m if type(m) in _covers and _covers[type(m)](m) and not _hooked(m) else None
 
 def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
 
-def _chain(gm, node):
+def _chain(model, node):
     "Nodes and layers that follow one another from `node`, as far as each has one reader"
     chain = []
-    while (m := _layer(gm, node)) is not None:
+    while (m := _layer(model, node)) is not None:
         chain.append((node, m))
         if len(node.users) != 1: break
         node = next(iter(node.users))
@@ -414,31 +415,31 @@ def _put_back(attrs, k, v):
         attrs[k].clear()
         attrs[k].update(v)
 
-# %% ../nbs/05b_kernels.ipynb #985ff0d9
+# %% ../nbs/05b_kernels.ipynb #e28c0ff6
 def fuse(
     model:nn.Module, # Any module; its mode, training or evaluation, is kept for good
 ) -> nn.Module: # Shares all weights with `model`; `model` itself where nothing can be fused
     "A module that computes what `model` does in its present mode, by kernels where they cover its layers"
-    gm = _drawn(model)
-    if gm is None: return model
-    starts = [node for node in gm.graph.nodes if isinstance(_layer(gm, node), nn.Conv2d)]
+    graph = _drawn(model)
+    starts = [node for node in graph.nodes if isinstance(_layer(model, node), nn.Conv2d)] if graph else []
+    if not starts: return model
+    modules = {node.target: attrgetter(node.target)(model) for node in graph.nodes if node.op in ('call_module', 'get_attr')}
     while starts:
-        chain = _chain(gm, starts[0])
+        chain = _chain(model, starts[0])
         ops = _ops([m for _,m in chain])
         nodes = [node for node,_ in chain[:sum(len(op.layers) for op in ops)]]
         starts = [node for node in starts if node not in nodes]
-        _replace(gm, nodes, Run(ops))
-    gm.recompile()
-    return gm
+        modules[_replace(graph, nodes)] = Run(ops)
+    return fx.GraphModule(modules, graph)
 
 def _drawn(model):
     "The graph of `model`, or `None` where there is none that does the same each time"
     drawn_through = [m for m in model.modules() if m is model or not fx.Tracer().is_leaf_module(m, '')]
     if any(_hooked(m) for m in drawn_through): return # a drawn graph has no place for their hooks
     before,versions = PythonState(model),_versions(model)
-    try: gm = fx.symbolic_trace(model)
-    except Exception: gm = None
-    if gm is not None and before.unchanged() and versions == _versions(model): return gm
+    try: graph = fx.Tracer().trace(model)
+    except Exception: graph = None
+    if graph and before.unchanged() and versions == _versions(model): return graph
     before.restore()
 
 def _versions(model):
@@ -446,9 +447,10 @@ def _versions(model):
     tensors = [v for m in model.modules() for v in [*m._buffers.values(), *vars(m).values()] if isinstance(v, torch.Tensor)]
     return [t._version for t in tensors if not t.is_inference()]
 
-def _replace(gm, nodes, run):
+def _replace(graph, nodes):
+    "Put one call in the place of `nodes`; returns the name of the module that it calls"
     name = f'{nodes[0].name}_run'
-    gm.add_submodule(name, run)
-    with gm.graph.inserting_before(nodes[0]): new = gm.graph.call_module(name, (nodes[0].args[0],))
+    with graph.inserting_before(nodes[0]): new = graph.call_module(name, (nodes[0].args[0],))
     nodes[-1].replace_all_uses_with(new)
-    for node in reversed(nodes): gm.graph.erase_node(node)
+    for node in reversed(nodes): graph.erase_node(node)
+    return name
