@@ -159,13 +159,14 @@ def _without_frames(mask):
 
 def _touches(box, shape): return any(side.start == 0 or side.stop == n for side,n in zip(box, shape))
 
-# %% ../nbs/02_picture.ipynb #bce5eaee
+# %% ../nbs/02_picture.ipynb #93a07a55
 def _size(box): return max(side.stop - side.start for side in box)
 
 def _is_stroke(part, box, shape):
-    "Whether `part` of a picture of `shape` is no line, grid or spot"
+    "Whether `part` of a picture of `shape` is no line, edge, grid or spot"
     spans = np.divide(part.shape, shape)
     if max(spans) > 0.9 and min(spans) < 0.1: return False
+    if any(side.stop <= n//16 or side.start >= n - n//16 for side,n in zip(box, shape)): return False
     if _touches(box, shape) and part.mean() < 0.12: return False
     return max(spans) > 0.15 or part.mean() < 0.65 or max(part.shape) > 1.5*min(part.shape)
 
