@@ -122,7 +122,7 @@ def _is_blank(ink):
     steepest = max(np.abs(blurred[n:] - blurred[:-n]).max(), np.abs(blurred[:,n:] - blurred[:,:-n]).max())
     return blurred.max() <= 12*noise or steepest < 0.48*blurred.max()
 
-# %% ../nbs/02_picture.ipynb #d8cd01ce
+# %% ../nbs/02_picture.ipynb #b5cd7eaf
 def _strokes(values):
     "The ink of each pixel of `values`, float32 (H, W); raises `NoDigit` if there is none"
     grey = _one_channel(values)
@@ -132,7 +132,7 @@ def _strokes(values):
     ink = paper - grey
     ink -= np.median(ink)
     if _is_blank(ink): raise NoDigit('it is blank: nothing stands out from its background')
-    return ink*(paper.max()/np.maximum(paper, paper.max()/5)) if paper.min() > 0 else ink
+    return ink
 
 # %% ../nbs/02_picture.ipynb #f462329a
 def _mask(ink):
