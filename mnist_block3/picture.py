@@ -183,7 +183,7 @@ def _parts(ink):
     inside = {i: box for i,box in boxes.items() if not _touches(box, ink.shape)}
     return labels, inside if any(_size(box) > 0.15*min(ink.shape) for box in inside.values()) else boxes
 
-# %% ../nbs/02_picture.ipynb #bf4fe11a
+# %% ../nbs/02_picture.ipynb #ff5b2873
 def _gap(a, b): return max(max(s.start, t.start) - min(s.stop, t.stop) for s,t in zip(a, b))
 
 def _union(a, b): return tuple(slice(min(s.start, t.start), max(s.stop, t.stop)) for s,t in zip(a, b))
@@ -198,7 +198,7 @@ def _digit(ink):
     labels,boxes = _parts(ink)
     if not boxes: raise NoDigit('it is blank: it shows nothing but lines and spots')
     (first,box),*others = boxes.items()
-    keep = [0, first]
+    keep = [first]
     n_digits = 1
     for i,other in others:
         if _gap(box, other) <= 0.2*_size(box) and not _are_beside(boxes[first], other):
@@ -206,7 +206,7 @@ def _digit(ink):
             box = _union(box, other)
         elif _size(other) > 0.6*_size(box): n_digits += 1
     if n_digits > 1: raise SeveralDigits(f'it shows {n_digits} parts that are as large as digits')
-    return np.where(np.isin(labels, keep), ink, 0), box
+    return np.where(_mask(ink) & ~np.isin(labels, keep), 0, ink), box
 
 # %% ../nbs/02_picture.ipynb #af2b4c93
 def _centre_of_mass(ink):
