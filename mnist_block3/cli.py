@@ -190,7 +190,7 @@ def block3_sweep(
     failed = {run_name(run) for run in runs} - study.done
     if failed: raise RuntimeError(f'{len(failed)} runs failed, see {study.folder/"failures.csv"}')
 
-# %% ../nbs/14_cli.ipynb #2a9d2202
+# %% ../nbs/14_cli.ipynb #adf59b08
 _help = 'Pictures of one digit each: files, folders, patterns'
 _pictures = (fastcore.script.Param(_help, str, nargs='+') if hasattr(fastcore.script, 'Param') # fastcore 1
              else Annotated[str, _help, dict(nargs='+')])
@@ -199,22 +199,36 @@ _pictures = (fastcore.script.Param(_help, str, nargs='+') if hasattr(fastcore.sc
 def block3_predict(
     images:_pictures,
     weights:str=None, # Safetensors file or run folder; default: the weights of the package
-    json:bool=False, # Print one JSON object per line, with all ten probabilities
+    min_probability:float=0.95, # Mark answers with a lower probability as unsure
+    json:bool=False, # Print one JSON object per line, with all ten probabilities and the reason of a mark
 ):
-    "Read the digits in pictures of any size, colours and file format; one line per picture: path, digit, probability"
-    from mnist_block3.predict import find_images, load_block3, predict_files
-    failed = 0
-    for file,probs in predict_files(find_images(images), load_block3(weights)):
-        if isinstance(probs, Exception):
-            failed += 1
-            print(f'block3_predict: {probs}', file=sys.stderr)
-        else: print(_as_json(file, probs) if json else f'{file}\t{probs.argmax()}\t{probs.max():.4f}')
-    if sys.stdout: sys.stdout.flush()
-    return 1 if failed else None
+    """Read the digits in pictures; one line per picture: path, digit, probability, mark.
 
-def _as_json(file, probs):
-    best = dict(digit=int(probs.argmax()), probability=float(probs.max()))
-    return json.dumps(dict(path=str(file), **best, probabilities=probs.tolist()))
+    A mark is one of: none (no digit in the picture), several (more than one), unsure (low probability).
+    The exit status is 0, 3 if a picture has a mark, or 1 if a picture cannot be read."""
+    from mnist_block3.predict import find_images, load_block3, mark_of, predict_files
+    statuses = {0}
+    for file,result in predict_files(find_images(images), load_block3(weights)):
+        mark = mark_of(result, min_probability)
+        statuses.add(3 if mark else 0)
+        if isinstance(result, Exception) and not mark:
+            statuses.add(1)
+            print(f'block3_predict: {result}', file=sys.stderr)
+        else: print((_as_json if json else _as_line)(file, result, mark))
+    if sys.stdout: sys.stdout.flush()
+    return 1 if 1 in statuses else max(statuses) or None
+
+def _as_line(file, result, mark):
+    if mark in ('none', 'several'): return f'{file}\t-\t-\t{mark}'
+    return f'{file}\t{result.argmax()}\t{result.max():.4f}' + (f'\t{mark}' if mark else '')
+
+def _as_json(file, result, mark):
+    if isinstance(result, Exception): answer = dict(digit=None, probability=None, mark=mark, reason=str(result))
+    else:
+        answer = dict(digit=int(result.argmax()), probability=float(result.max()), mark=mark)
+        if mark: answer['reason'] = 'its probability is too low'
+        answer['probabilities'] = result.tolist()
+    return json.dumps(dict(path=str(file), **answer))
 
 # %% ../nbs/14_cli.ipynb #ff903a2f
 @_command

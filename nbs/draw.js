@@ -61,24 +61,58 @@ function predict(grey) {
   return powers.map(v => v/sum)
 }
 
-// What follows is the library's `mnist_form` for grey values: the tests compare the two
+// What follows is the library's `mnist_form` for light strokes on black: the tests compare the two
+// A box is [top, bottom, left, right]
 
-const median = values => {
-  const sorted = Array.from(values).sort((a, b) => a - b), n = sorted.length
-  return (sorted[(n - 1) >> 1] + sorted[n >> 1])/2
+// The connected parts of a mask: their pixels and boxes, the largest first
+function partsOf(mask, height, width) {
+  const left = Array.from(mask), parts = []
+  left.forEach((_, start) => {
+    if (!left[start]) return
+    left[start] = false
+    const pixels = [start]
+    for (const i of pixels) // grows on the way
+      for (let y = Math.max(0, Math.floor(i/width) - 1); y <= Math.min(height - 1, Math.floor(i/width) + 1); y++)
+        for (let x = Math.max(0, i % width - 1); x <= Math.min(width - 1, i % width + 1); x++)
+          if (left[y*width + x]) { left[y*width + x] = false; pixels.push(y*width + x) }
+    const box = pixels.map(i => [Math.floor(i/width), Math.floor(i/width) + 1, i % width, i % width + 1]).reduce(union)
+    parts.push({pixels, box})
+  })
+  return parts.sort((a, b) => size(b.box) - size(a.box))
 }
 
-// top, bottom, left and right of what is over `least`
-function box(ink, height, width, least) {
-  let [top, bottom, left, right] = [height, 0, width, 0]
-  for (let y = 0; y < height; y++)
-    for (let x = 0; x < width; x++)
-      if (ink[y*width + x] > least)
-        [top, bottom, left, right] = [Math.min(top, y), Math.max(bottom, y + 1), Math.min(left, x), Math.max(right, x + 1)]
-  return [top, bottom, left, right]
+const union = (a, b) => a.map((v, i) => i % 2 ? Math.max(v, b[i]) : Math.min(v, b[i]))
+const size = ([top, bottom, left, right]) => Math.max(bottom - top, right - left)
+const gaps = (a, b) => [0, 2].map(i => Math.max(a[i], b[i]) - Math.min(a[i + 1], b[i + 1]))
+
+// Whether a part is no spot, and no line along the border
+function isStroke({pixels, box: [top, bottom, left, right]}, height, width) {
+  const [h, w] = [bottom - top, right - left]
+  if (bottom <= height >> 4 || top >= height - (height >> 4) || right <= width >> 4 || left >= width - (width >> 4)) return false
+  return Math.max(h/height, w/width) > 0.15 || pixels.length < 0.65*h*w || Math.max(h, w) > 1.5*Math.min(h, w)
 }
 
-const rim = (values, height, width) => values.filter((_, i) => i < width || i >= (height - 1)*width || i % width === 0 || i % width === width - 1)
+// Two boxes side by side, of about the same height
+function areBeside(a, b) {
+  const height = Math.max(a[1] - a[0], b[1] - b[0]), [down, across] = gaps(a, b)
+  return down < -0.7*height && across > -0.1*height
+}
+
+// The box of the digit and the ink without other parts, or 'none' or 'several'
+function findDigit(ink, mask, height, width) {
+  const [first, ...others] = partsOf(mask, height, width).filter(part => isStroke(part, height, width))
+  if (!first) return 'none'
+  let box = first.box
+  const own = Float32Array.from(ink, (v, i) => mask[i] ? 0 : v), keep = part => part.pixels.forEach(i => { own[i] = ink[i] })
+  keep(first)
+  for (const part of others) {
+    if (Math.max(...gaps(box, part.box)) <= 0.2*size(box) && !areBeside(first.box, part.box)) {
+      keep(part)
+      box = union(box, part.box)
+    } else if (size(part.box) > 0.6*size(box)) return 'several'
+  }
+  return {box, own}
+}
 
 // Means over squares of 7×7 pixels, or less in small pictures
 function soften(ink, height, width) {
@@ -123,29 +157,19 @@ function resize(ink, height, width, [top, bottom, left, right], h, w) {
   return out.map(v => Math.max(0, v))
 }
 
-// 28×28 grey values in MNIST's form, or null where there is nothing to see
-function mnistForm(grey, height, width) {
+// 28×28 grey values in MNIST's form, or 'none' or 'several'
+function mnistForm(ink, height, width) {
   const max = values => values.reduce((a, b) => Math.max(a, b), 0)
-  const paper = median(rim(grey, height, width)), ink = Float32Array.from(grey, v => Math.abs(v - paper)), most = max(ink)
-  if (!most) return null
-  if (most < 254) ink.forEach((v, i) => { ink[i] = v*255/most })
-  const round = v => Math.min(255, Math.floor(v + 0.5))
-  if (height === 28 && width === 28) {
-    const [top, bottom, left, right] = box(ink, 28, 28, 0), longest = Math.max(bottom - top, right - left)
-    if (longest >= 19 && longest <= 20 && centre(ink, 28, 28).every(v => v >= 13.48 && v < 14.52)) return Array.from(ink, round)
-  }
-  const soft = soften(ink, height, width), noise = median(rim(soft, height, width)), least = noise + 0.15*(max(soft) - noise)
-  ink.forEach((v, i) => { ink[i] = v - noise })
-  const inside = ink.map((v, i) => soft[i] > least ? v : 0)
-  if (!max(inside)) return null
-  const around = box(inside, height, width, max(inside)/5), [top, bottom, left, right] = around
-  const scale = 20/Math.max(bottom - top, right - left)
-  const [h, w] = [bottom - top, right - left].map(v => Math.max(1, Math.floor(scale*v + 0.5)))
-  const small = resize(ink, height, width, around, h, w), darkest = Math.max(...small), middle = centre(small, h, w)
-  if (!darkest) return null
+  const soft = soften(Float32Array.from(ink), height, width), least = 0.15*max(soft)
+  const inside = Array.from(ink, (v, i) => soft[i] > least ? v : 0), most = max(inside)
+  const found = findDigit(ink, inside.map(v => v > most/5), height, width)
+  if (!found.box) return found
+  const [top, bottom, left, right] = found.box
+  const [h, w] = [bottom - top, right - left].map(v => Math.max(1, Math.floor(20*v/size(found.box) + 0.5)))
+  const small = resize(found.own, height, width, found.box, h, w), darkest = Math.max(...small), middle = centre(small, h, w)
   const [y0, x0] = [h, w].map((n, i) => Math.min(Math.max(Math.floor(14.5 - middle[i]), 0), 28 - n))
   const out = new Array(28*28).fill(0)
-  small.forEach((v, i) => { out[(y0 + Math.floor(i/w))*28 + x0 + i % w] = round(v*255/darkest) })
+  small.forEach((v, i) => { out[(y0 + Math.floor(i/w))*28 + x0 + i % w] = Math.min(255, Math.floor(v*255/darkest + 0.5)) })
   return out
 }
 
@@ -166,14 +190,16 @@ function page(root) {
   function look() {
     waiting = false
     const pixels = pen.getImageData(0, 0, canvas.width, canvas.height).data
-    const form = mnistForm(pixels.filter((_, i) => i % 4 === 0), canvas.height, canvas.width)
+    const found = mnistForm(pixels.filter((_, i) => i % 4 === 0), canvas.height, canvas.width)
+    const form = Array.isArray(found) ? found : null
     const probs = form ? predict(form) : new Array(10).fill(0), digit = probs.indexOf(Math.max(...probs))
     const image = small.createImageData(28, 28)
     image.data.forEach((_, i) => { image.data[i] = i % 4 === 3 ? 255 : form ? form[i >> 2] : 0 })
     small.putImageData(image, 0, 0)
     bars.forEach((bar, i) => { bar.value = probs[i]; bar.classList.toggle('draw-top', !!form && i === digit) })
     percents.forEach((o, i) => { o.textContent = form ? `${(100*probs[i]).toFixed(1)} %` : '' })
-    said.textContent = form ? `This is a ${digit} (${(100*probs[digit]).toFixed(1)} %).` : 'Draw a digit.'
+    const answer = `${probs[digit] < 0.95 ? 'I am not sure. It may be' : 'This is'} a ${digit} (${(100*probs[digit]).toFixed(1)} %).`
+    said.textContent = form ? answer : found === 'several' ? 'These are several digits. Draw one.' : 'Draw a digit.'
     Object.assign(root, {form, probs})
     if (form && !performance.getEntriesByName('first-digit').length) performance.mark('first-digit')
   }

@@ -85,29 +85,27 @@ def test_each_layer_agrees_with_pytorch(page):
     for a, b in zip(got, want): np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
-def photo(digit, i, rng):
-    "A digit somewhere in a larger picture, on grey; every second one is a negative, every third noisy"
-    size = int(rng.integers(12, 150))
-    h, w = rng.integers(150, 200, 2)
-    y, x = rng.integers(0, h-size), rng.integers(0, w-size)
-    pic = np.full((h, w), rng.integers(0, 60), np.uint8)
-    resized = np.asarray(Image.fromarray(digit).resize((size, size)))
-    pic[y:y+size, x:x+size] = np.maximum(pic[y:y+size, x:x+size], resized)
-    if i % 2 == 1: pic = 255 - pic
-    if i % 3 == 2: pic = (pic + rng.normal(0, 15, pic.shape)).clip(0, 255).astype(np.uint8)
-    return pic
-
 def test_the_page_has_the_same_form(page):
+    "As the library, of light digits somewhere on black"
     rng = np.random.default_rng(0)
-    test = load_digits()[1].images[:30].numpy()
-    pictures = [photo(digit, i, rng) for i, digit in enumerate(test)] + list(test[:3])
-    form = 'return mnistForm(arguments[0], arguments[1], arguments[2])'
-    for i, pic in enumerate(pictures):
-        got = np.reshape(page.execute_script(form, pic.flatten().tolist(), *pic.shape), (28, 28))
-        want = mnist_form(Image.fromarray(pic)).astype(int)
-        assert want.any()
-        assert abs(got - want).max() <= 1, i
-    assert page.execute_script(form, [7]*100, 10, 10) is None
+    for i, digit in enumerate(load_digits()[1].images[:30].numpy()):
+        pic = Image.new('L', rng.integers(150, 200, 2).tolist())
+        size = int(rng.integers(40, 140))
+        pic.paste(Image.fromarray(digit).resize((size, size)), rng.integers(0, 150 - size, 2).tolist())
+        got = page.execute_script('return mnistForm(arguments[0], arguments[1], arguments[2])', list(pic.getdata()), pic.height, pic.width)
+        assert abs(np.reshape(got, (28, 28)) - mnist_form(pic).astype(int)).max() <= 1, i
+
+
+def test_the_page_says_that_it_does_not_know(page):
+    def answer(*strokes):
+        page.find_element('class name', 'draw-clear').click()
+        draw(page, strokes)
+        return shown(page)[2]
+    two = [[(x + shift, y) for x, y in digits[1][0]] for shift in (-0.2, 0.2)]
+    assert answer(*two) == 'These are several digits. Draw one.'
+    assert answer([(0.5, 0.5), (0.5, 0.501)]) == 'Draw a digit.'
+    k = [[(0.3, 0.2), (0.3, 0.8)], [(0.7, 0.2), (0.3, 0.5), (0.7, 0.8)]]
+    assert answer(*k).startswith('I am not sure. It may be a ')
 
 
 def test_digits_that_are_drawn_are_read(page):

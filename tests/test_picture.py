@@ -1,7 +1,12 @@
 "Pictures of any kind in MNIST's form"
+import sys
+from pathlib import Path
 import numpy as np, pytest
 from PIL import Image, ImageDraw
-from mnist_block3.all import load_block3, load_digits, mnist_form, predict_digits
+from mnist_block3.all import NoDigit, SeveralDigits, load_block3, load_digits, mnist_form, predict_digits
+
+sys.path.append(str(Path(__file__).parents[1]/'nbs'/'howto'))
+from redrawn import kinds, on_page, picture as as_picture, redrawn
 
 test = load_digits()[1]
 
@@ -125,8 +130,54 @@ def test_blank_pictures():
     stripe = np.repeat(np.uint8([[0],[255]]), 20, 0).repeat(40, 1)
     infinite = np.array([[0, np.inf], [1, 2]], np.float32)
     with pytest.raises(ValueError, match='it is blank'): mnist_form(Image.new('RGB', (50,40), 'red'))
-    with pytest.raises(ValueError, match='blank: nothing stands out'): mnist_form(Image.fromarray(stripe))
+    with pytest.raises(ValueError, match='nothing but lines'): mnist_form(Image.fromarray(stripe))
     with pytest.raises(ValueError, match='not finite'): mnist_form(Image.fromarray(infinite))
+
+
+# The share of the digits of each kind that the network must read, in percent
+must = dict(as_they_are=99.5, inverted=99.5, ten_times=99.5, jpeg=99.5, low_contrast=99.5, ruled=99.5, faint_frame=99.5,
+            frame=97, field=97, scan_edge=97, desk=95, desk_turned=95, punch_hole=97, speck=97, light_by_half=95, pencil=95,
+            light_by_three_quarters=95, shadow=95, vignette=95, margin=95)
+
+def form_or_zeros(im):
+    try: return mnist_form(im)
+    except (NoDigit, SeveralDigits): return np.zeros((28,28), np.uint8)
+
+def percent_read(kind, n):
+    "Of the first `n` test digits, redrawn"
+    rng = np.random.default_rng(0)
+    forms = [form_or_zeros(redrawn(kind, digit, rng)) for digit in test.images[:n].numpy()]
+    return 100*(predict_digits(load_block3(), np.stack(forms)).argmax(1) == test.labels[:n].numpy()).mean()
+
+@pytest.mark.parametrize('kind', kinds)
+def test_redrawn(kind): assert percent_read(kind, 12) == 100
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', kinds)
+def test_400_redrawn(kind): assert percent_read(kind, 400) >= must[kind]
+
+
+@pytest.mark.parametrize('kind', set(kinds) - {'field', 'margin', 'shadow'})
+def test_redrawn_without_a_digit(kind):
+    rng = np.random.default_rng(0)
+    mask = on_page(test.images[0].numpy(), rng)
+    with pytest.raises(NoDigit, match='it is blank'): mnist_form(as_picture(kinds[kind](0*mask, rng)))
+
+
+@pytest.mark.parametrize('std', [1, 5, 25])
+def test_noise_is_no_digit(std):
+    rng = np.random.default_rng(0)
+    for paper in (20, 128, 240):
+        with pytest.raises(NoDigit): mnist_form(as_picture(rng.normal(paper, std, (100,120))))
+
+
+def test_several_digits():
+    "Side by side with gaps of 2 to 40 pixels"
+    for i in range(0, 20, 2):
+        halves = [digit[:,digit.any(0)] for digit in test.images[i:i+2].numpy()]
+        row = np.concatenate([halves[0], np.zeros((28,1+i), np.uint8), halves[1]], axis=1)
+        page = Image.fromarray(np.pad(row, 10)).resize((4*row.shape[1] + 80,4*48), Image.BICUBIC)
+        with pytest.raises(SeveralDigits, match='parts that are as large'): mnist_form(page)
 
 
 def test_files_that_are_no_pictures(tmp_path):

@@ -68,6 +68,23 @@ def test_console_as_json(folder, monkeypatch, capsys):
     assert row['digit'] == 7 and len(row['probabilities']) == 10 and row['path'] == '0.png'
 
 
+def test_console_marks_what_it_does_not_know(tmp_path, mnist, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    digit = mnist[1].images[0].numpy()
+    Image.new('L', (90,90), 250).save('a_blank.png')
+    Image.fromarray(digit).save('b_digit.png')
+    Image.fromarray(np.concatenate([np.pad(digit, 20)]*2, axis=1)).save('c_two.png')
+    names = ['a_blank.png', 'b_digit.png', 'c_two.png']
+    done = command('block3_predict', *names, '--min-probability', '1.1')
+    rows = [line.split('\t') for line in done.stdout.splitlines()]
+    assert [row[-1] for row in rows] == ['none', 'unsure', 'several'] and rows[1][1] == '7'
+    assert done.returncode == 3 and not done.stderr
+    assert block3_predict([*names, 'gone.png'], json=True) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row['mark'] for row in rows] == ['none', None, 'several']
+    assert 'it is blank' in rows[0]['reason'] and '2 parts' in rows[2]['reason']
+
+
 def test_weights(tmp_path):
     save_file({'a': torch.zeros(3)}, tmp_path/'other.safetensors')
     with pytest.raises(ValueError, match='does not hold the weights'): load_block3(tmp_path/'other.safetensors')
