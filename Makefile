@@ -4,7 +4,7 @@ SHELL    := /bin/bash
 PYTHON   ?= python3
 VENV     := .venv
 ARGS     ?=
-run_needs := torch torchvision fastai fastcore filelock safetensors matplotlib pandas
+run_needs := torch torchvision fastai fastcore filelock safetensors matplotlib pandas scipy
 dev_needs := $(run_needs) nbdev pytest sklearn nbconvert ipykernel tensorboard smalldocs onnxruntime onnxscript selenium selenium_axe_python \
   xdist random_order hypothesis accelerate
 bench_needs := $(run_needs) $(if $(filter --all lightning,$(ARGS)),lightning)
