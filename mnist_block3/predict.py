@@ -6,7 +6,7 @@
 __all__ = ['exports', 'load_block3', 'predict_digits', 'find_images', 'predict_files', 'mark_of', 'safetensors_bytes',
            'onnx_bytes', 'browser_layers', 'browser_script', 'js_bytes']
 
-# %% ../nbs/15_predict.ipynb #86e83f35
+# %% ../nbs/15_predict.ipynb #71a06710
 import base64, glob, json, os
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from .kernels import fuse
 from .model import Block3, weights_path
 from .picture import NoDigit, SeveralDigits, mean_std, mnist_form, picture_files
 
@@ -33,7 +34,7 @@ def load_block3(
         raise ValueError(f'{path} does not hold the weights of Block3: {str(e).splitlines()[0]}') from e
     return model.eval()
 
-# %% ../nbs/15_predict.ipynb #0a7f5b90
+# %% ../nbs/15_predict.ipynb #6600bb7e
 @torch.inference_mode()
 def predict_digits(
     model:nn.Module, # As from `load_block3`
@@ -42,6 +43,7 @@ def predict_digits(
     "The probability of each digit, for each image"
     mean,std = mean_std
     x = (torch.as_tensor(images)[:,None].float()/255 - mean)/std
+    if len(x) >= 10_000: model = fuse(model) # for fewer it does not pay to compile the kernels
     return model(x).exp().numpy()
 
 # %% ../nbs/15_predict.ipynb #7c9d0224
