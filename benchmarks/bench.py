@@ -1,7 +1,7 @@
 """Speed side by side: each way of training once a round, round after round, each in a fresh process.
 
 Each measurement is saved at once, so a run that was cut off goes on where it stopped."""
-import importlib, json, os, subprocess, sys, tempfile, time
+import importlib, json, os, shutil, subprocess, sys, tempfile, time
 from argparse import ArgumentParser
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -103,8 +103,9 @@ def load_results(path, about):
 
 def start():
     "When, from what commit and with what command this began"
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=here, capture_output=True, text=True)
-    return dict(date=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=git.stdout.strip(),
+    describe = ['git', 'describe', '--always', '--dirty']
+    git = shutil.which('git') and subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
+    return dict(date=datetime.now(timezone.utc).isoformat(timespec='seconds'), commit=git or None,
                 command=' '.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]]))
 
 

@@ -57,7 +57,7 @@ def _compiled(command, folder):
             os.replace(f'{tmp}/new', path)
     return path
 
-# %% ../nbs/06_kernels.ipynb #48d21417
+# %% ../nbs/06_kernels.ipynb #5999bf17
 @cache
 def _build(real, march):
     "The library of kernels, and why there is none: one of the two is `None`"
@@ -68,7 +68,9 @@ def _build(real, march):
             with tempfile.TemporaryDirectory() as tmp: return _open(_compiled(command, Path(tmp))), None
     except OSError as e: return None, str(e)
 
+# %% ../nbs/06_kernels.ipynb #8f151c20
 def _open(path):
+    "The library, with the types of what its functions take and give"
     lib = ctypes.CDLL(str(path))
     lib.run_new.restype = ctypes.c_void_p
     lib.run_new.argtypes = [ctypes.c_void_p] + 4*[ctypes.c_int]
@@ -77,13 +79,14 @@ def _open(path):
     lib.run_backward.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return lib
 
+# %% ../nbs/06_kernels.ipynb #48deaef0
 def _library(dtype): return _build('float' if dtype == torch.float32 else 'double', march)[0]
 
 def why_no_kernels() -> str: # `None`: there are kernels
     "Why the kernels cannot be used on this machine; compiles them if that has not been done yet"
     return _build('float', march)[1]
 
-# %% ../nbs/06_kernels.ipynb #2002bdc7
+# %% ../nbs/06_kernels.ipynb #3b2ca478
 class _Spec(ctypes.Structure):
     "`Spec` of the C++ source"
     _fields_ = [(name, ctypes.c_int) for name in ('kind', 'n_out', 'k', 'pad', 'norm', 'relu', 'relu_first', 'channels')]
@@ -91,6 +94,7 @@ class _Spec(ctypes.Structure):
 
 _kinds = {nn.Conv2d: 0, nn.MaxPool2d: 1, nn.AvgPool2d: 2, nn.AdaptiveAvgPool2d: 2, nn.Dropout: 3, nn.Dropout2d: 3}
 
+# %% ../nbs/06_kernels.ipynb #a8da0f21
 class Op:
     "A convolution with what follows it, or another layer"
     def __init__(self,
@@ -106,14 +110,17 @@ class Op:
         self.relu = nn.ReLU in types
         self.relu_first = self.relu and (self.norm is None or types.index(nn.ReLU) < types.index(nn.BatchNorm2d))
 
-    def spec(self):
-        channels = isinstance(self.drop, nn.Dropout2d)
-        if not self.conv: return _Spec(kind=self.kind, channels=channels)
-        eps = self.norm.eps if self.norm else 0
-        return _Spec(self.kind, self.conv.out_channels, self.conv.kernel_size[0], self.conv.padding[0],
-                     self.norm is not None, self.relu, self.relu_first, channels, eps)
+# %% ../nbs/06_kernels.ipynb #eeecf6b3
+@patch
+def spec(self:Op):
+    "What the C++ side has to know"
+    channels = isinstance(self.drop, nn.Dropout2d)
+    if not self.conv: return _Spec(kind=self.kind, channels=channels)
+    eps = self.norm.eps if self.norm else 0
+    return _Spec(self.kind, self.conv.out_channels, self.conv.kernel_size[0], self.conv.padding[0],
+                 self.norm is not None, self.relu, self.relu_first, channels, eps)
 
-# %% ../nbs/06_kernels.ipynb #387a5b89
+# %% ../nbs/06_kernels.ipynb #b0d3d7ff
 @patch
 def shape(self:Op,
     n, c, h, w # Shape of a batch
@@ -124,6 +131,7 @@ def shape(self:Op,
     if self.kind == _kinds[nn.MaxPool2d]: return n, c, h//2, w//2
     return (n, c, 1, 1) if self.kind == _kinds[nn.AvgPool2d] else (n, c, h, w)
 
+# %% ../nbs/06_kernels.ipynb #004adb99
 @patch
 def fits(self:Op,
     n, c, h, w # Shape of a batch
@@ -136,7 +144,7 @@ def fits(self:Op,
 
 def _pair(size): return size if isinstance(size, tuple) else (size,size)
 
-# %% ../nbs/06_kernels.ipynb #81a80373
+# %% ../nbs/06_kernels.ipynb #c8e1a093
 @patch
 def params(self:Op):
     "Weight, bias, gamma and beta; `None` for what there is not"
@@ -147,6 +155,7 @@ def running(self:Op):
     "Running mean and variance; `None` for what there is not"
     return [self.norm.running_mean, self.norm.running_var] if self.norm else [None, None]
 
+# %% ../nbs/06_kernels.ipynb #37f5466c
 @patch
 def uses_batch(self:Op):
     "Whether BatchNorm normalises with the moments of the batch"
@@ -203,7 +212,7 @@ class _Plan:
             self.mask_sizes.append(math.prod(shape[:2] if isinstance(op.drop, nn.Dropout2d) else shape))
         self.out_shape = shape
 
-# %% ../nbs/06_kernels.ipynb #2286ad0d
+# %% ../nbs/06_kernels.ipynb #17dd2237
 class Run(nn.Module):
     "Layers that the kernels take at once, on float32 or float64 images (N, C, H, W) on a CPU"
     def __init__(self,
@@ -226,16 +235,18 @@ class Run(nn.Module):
         keep = any(op.uses_batch() or op.drop_prob() for op in self.ops)
         return self.launch(plan, x.contiguous(), params, keep)[0]
 
-    def plan(self, x, params):
-        "The plan for images `x`, or `None` where PyTorch has to take them"
-        if x.device.type != 'cpu' or x.dim() != 4 or not len(x) or torch.is_autocast_enabled('cpu'): return
-        if x.dtype not in (torch.float32, torch.float64): return
-        if any(p is not None and (p.dtype != x.dtype or p.device != x.device) for p in params): return
-        key = x.dtype, x.shape
-        if key not in self.plans:
-            free = self.free.setdefault((x.dtype, x.shape[1:]), [])
-            self.plans[key] = _Plan(self.ops, *key, free)
-        return self.plans[key] if self.plans[key].fits else None
+# %% ../nbs/06_kernels.ipynb #66eca0f5
+@patch
+def plan(self:Run, x, params):
+    "The plan for images `x`, or `None` where PyTorch has to take them"
+    if x.device.type != 'cpu' or x.dim() != 4 or not len(x) or torch.is_autocast_enabled('cpu'): return
+    if x.dtype not in (torch.float32, torch.float64): return
+    if any(p is not None and (p.dtype != x.dtype or p.device != x.device) for p in params): return
+    key = x.dtype, x.shape
+    if key not in self.plans:
+        free = self.free.setdefault((x.dtype, x.shape[1:]), [])
+        self.plans[key] = _Plan(self.ops, *key, free)
+    return self.plans[key] if self.plans[key].fits else None
 
 # %% ../nbs/06_kernels.ipynb #6862840d
 @patch
@@ -312,14 +323,16 @@ def kernel_threads():
         _threads = outer
         torch.set_num_threads(n)
 
-# %% ../nbs/06_kernels.ipynb #094f35ea
+# %% ../nbs/06_kernels.ipynb #4b37322c
 def _is_conv(m):
     k = m.kernel_size[0]
     covered = m.kernel_size == (k,k) and k in (1,3,5) and m.stride == m.dilation == (1,1) and m.groups == 1
     padded = isinstance(m.padding, tuple) and m.padding[0] == m.padding[1] < k and m.padding_mode == 'zeros'
     return covered and padded and m.weight.numel() <= 2**16 # PyTorch's matrix products are the faster way for more
 
-def _is_pool(m): return m.kernel_size in (2, (2,2)) and m.stride in (2, (2,2)) and m.padding in (0, (0,0)) and m.dilation == 1 and not (m.ceil_mode or m.return_indices)
+def _is_pool(m):
+    halves = m.kernel_size in (2, (2,2)) and m.stride in (2, (2,2))
+    return halves and m.padding in (0, (0,0)) and m.dilation == 1 and not (m.ceil_mode or m.return_indices)
 
 _covers = {
     nn.Conv2d: _is_conv,
@@ -331,7 +344,7 @@ _covers = {
     nn.AvgPool2d: lambda m: m.padding == 0 and m.divisor_override is None,
     nn.AdaptiveAvgPool2d: lambda m: m.output_size in (1, (1,1))}
 
-# %% ../nbs/06_kernels.ipynb #35ab2c75
+# %% ../nbs/06_kernels.ipynb #9c383dc8
 _functions = {F.relu: nn.ReLU, torch.relu: nn.ReLU, 'relu': nn.ReLU}
 
 def _layer(model, node):
@@ -353,6 +366,7 @@ def _chain(model, node):
         node = next(iter(node.users))
     return chain
 
+# %% ../nbs/06_kernels.ipynb #a07a824c
 def _ops(layers):
     "`Op`s of as many of `layers` as the kernels take, from the first on"
     ops = []
@@ -373,13 +387,14 @@ def _n_first(layers):
         n += 1
     return n + (n < len(layers) and type(layers[n]) is nn.Dropout2d)
 
-# %% ../nbs/06_kernels.ipynb #68fb81c8
+# %% ../nbs/06_kernels.ipynb #8ede301f
 class PythonState:
     "What running some objects may change in Python: their attributes, and the random numbers of the CPU"
     def __init__(self,
         *objects, # Modules, with all modules in them, or other objects
     ):
-        self.objects = [part for o in objects for part in (o.modules() if isinstance(o, nn.Module) else [o]) if hasattr(part, '__dict__')]
+        parts = [part for o in objects for part in (o.modules() if isinstance(o, nn.Module) else [o])]
+        self.objects = [part for part in parts if hasattr(part, '__dict__')]
         self.attrs = [{k: copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(o).items()} for o in self.objects]
         self.buffers = [(b, b.clone()) for o in self.objects if isinstance(o, nn.Module) for b in o.buffers(recurse=False)]
         self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -399,6 +414,7 @@ class PythonState:
             if not torch.equal(b, value): b.copy_(value)
         for put_back,state in zip((random.setstate, np.random.set_state, torch.set_rng_state), self.random): put_back(state)
 
+# %% ../nbs/06_kernels.ipynb #d790f902
 def fixed(
     v, # A value, for instance of an attribute
 ): # Numbers, text and addresses
@@ -415,7 +431,7 @@ def _put_back(attrs, k, v):
         attrs[k].clear()
         attrs[k].update(v)
 
-# %% ../nbs/06_kernels.ipynb #e28c0ff6
+# %% ../nbs/06_kernels.ipynb #92eda277
 def fuse(
     model:nn.Module, # Any module; its mode, training or evaluation, is kept for good
 ) -> nn.Module: # Shares all weights with `model`; `model` itself where nothing can be fused
@@ -432,6 +448,7 @@ def fuse(
         modules[_replace(graph, nodes)] = Run(ops)
     return fx.GraphModule(modules, graph)
 
+# %% ../nbs/06_kernels.ipynb #bd2ce347
 def _drawn(model):
     "The graph of `model`, or `None` where there is none that does the same each time"
     drawn_through = [m for m in model.modules() if m is model or not fx.Tracer().is_leaf_module(m, '')]
@@ -447,6 +464,7 @@ def _versions(model):
     tensors = [v for m in model.modules() for v in [*m._buffers.values(), *vars(m).values()] if isinstance(v, torch.Tensor)]
     return [t._version for t in tensors if not t.is_inference()]
 
+# %% ../nbs/06_kernels.ipynb #e2384fce
 def _replace(graph, nodes):
     "Put one call in the place of `nodes`; returns the name of the module that it calls"
     name = f'{nodes[0].name}_run'

@@ -1,4 +1,7 @@
-"CUDA graphs on a CPU: Python runs once, and a replay executes the recorded operations on the recorded memory"
+"""CUDA graphs on a CPU: Python runs once, and a replay executes the recorded operations on the recorded memory.
+
+`python tests/recorder.py SCRIPT ARGUMENTS` runs a script with it."""
+import runpy, sys
 from contextlib import contextmanager, nullcontext
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,3 +71,12 @@ def install(monkeypatch):
     look = PythonState._look
     monkeypatch.setattr(PythonState, '_look', lambda self: look(self)[:-1]) # the CPU's generator is the device's here
     return graphs
+
+
+if __name__ == '__main__':
+    from pytest import MonkeyPatch
+    install(MonkeyPatch())
+    sys.argv = sys.argv[1:]
+    if sys.argv[0] == '-m': sys.exit(f'{sys.argv[1]} is not run in a dry run')
+    sys.path.insert(0, 'benchmarks')
+    runpy.run_path(sys.argv[0], run_name='__main__')

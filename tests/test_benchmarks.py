@@ -1,5 +1,5 @@
 "The benchmarks: every way takes the same steps, a measurement has its fields, and a restart goes on"
-import json, sys
+import json, os, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
@@ -180,6 +180,20 @@ def test_rows_of_the_profile():
     assert row('Optimizer.step#SGD.step', 'aten::add_') == 'optimizer'
     assert row('aten::batch_norm', 'aten::native_batch_norm') == 'BatchNorm and other layers'
     assert row('cudaLaunchKernel') == profile_step.rest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('part,files', [('check', {'check.json', 'cuda.json'}), ('study', {'study.json', 'deterministic.json', 'ways.json'})])
+def test_dry_run_of_the_script_for_a_gpu(tmp_path, part, files):
+    "On a CPU, with a recorder in place of CUDA graphs; the tests of CUDA are left out"
+    python = f'{sys.executable} {folder.parent/"tests"/"recorder.py"}'
+    env = os.environ | dict(DEVICE='cpu', N_TRAIN='150', N_BENCH='256', PYTHON=python, OMP_NUM_THREADS='1')
+    subprocess.run(['bash', folder/'gpu.sh', part, tmp_path], env=env, check=True, timeout=900)
+    assert files <= {f.name for f in tmp_path.iterdir()}
+    if part == 'study': return
+    check = json.loads((tmp_path/'check.json').read_text())
+    assert check['engine'] == dict(engine='graph', why=None)
+    assert check['graph_against_eager']['difference'] == 0 and check['graph_against_float64']['difference'] < 1e-6
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def train_both(device='cpu', fit=lambda learn: learn.fit(2), want='fast', **kwar
     fast = ('kernels', 'eager') if device == 'cpu' else ('graph',)
     assert ours.fast_epoch.engine in (fast if want == 'fast' else (want,)), ours.fast_epoch.why
     assert plain.fast_epoch.engine == 'plain'
-    rounded = device == 'cuda' and len(set(ours.recorder.lrs)) > 2 # a scheduled rate becomes float32 there
+    rounded = device == 'cuda' # scheduled rates become float32 there
     assert diff(weights(ours), weights(plain)) < (1e-6 if rounded else 1e-9)
     assert diff(weights(ours), start) > 1e-4, 'nothing was trained'
     a,b = recorded(ours),recorded(plain)
@@ -110,8 +110,9 @@ def test_fifty_steps_equal_plain_pytorch(device):
         opt.step()
     assert diff(weights(learn), model) < 1e-9
 
-def test_a_step_in_float32_and_in_bfloat16(device):
+def test_a_step_in_float32_and_in_bfloat16(device, monkeypatch):
     "The paths agree as far as rounding lets them, and bfloat16 is not float32"
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     def step(fast, bf16=False):
         learn = make(device, fast, dict(n_train=16), model=partial(Block3, drop=0.), lr=1.)
         if bf16: learn.to_bf16()
@@ -142,7 +143,7 @@ def test_with_everything_on_accuracy_is_the_same_in_distribution(device, fit):
     ours = accuracies(True)
     plain = accuracies(False)
     assert ours.min() > 0.5 and not np.array_equal(ours, plain)
-    assert abs(ours.mean() - plain.mean()) < 2*np.sqrt(ours.var(ddof=1)/10 + plain.var(ddof=1)/10)
+    assert abs(ours.mean() - plain.mean()) < 3*np.sqrt(ours.var(ddof=1)/10 + plain.var(ddof=1)/10)
 
 
 class SkipsParts(Callback):
