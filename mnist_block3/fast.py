@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['as_function', 'why_plain', 'FastEpoch', 'schedulers', 'epoch_schedule']
 
-# %% ../nbs/08_fast.ipynb #7eb31603
+# %% ../nbs/08_fast.ipynb #6552ee58
 import time
-from contextlib import nullcontext
 import numpy as np
 import torch
 from torch import nn
@@ -128,7 +127,7 @@ def _why_not_evaluation(learn, fast_epoch):
         if why := _why_not_cb(cb, fast_epoch): return why
     return _why_not_model(learn.model) or _why_not_metrics(learn.recorder)
 
-# %% ../nbs/08_fast.ipynb #b950c940
+# %% ../nbs/08_fast.ipynb #43809183
 class FastEpoch(Callback):
     "Run each epoch from index to SGD without callback events for its batches, where that gives the same result"
     order = 61 # at 60 or less the progress bar fails
@@ -150,7 +149,8 @@ class FastEpoch(Callback):
         self.steps = None
         self.signature = None
         self.table = None
-        self.fused = None # the model, for evaluation
+        self.fused = None # the model for evaluation
+        self.fused_from = None
         self.took = False # whether this epoch, or its evaluation, ran here
 
     def before_fit(self):
@@ -169,13 +169,13 @@ def bf16(self:FastEpoch):
 
 def _is_cpu(learn): return next(learn.model.parameters()).device.type == 'cpu'
 
-# %% ../nbs/08_fast.ipynb #790132fb
+# %% ../nbs/08_fast.ipynb #feb2cc98
 @patch
 def before_train(self:FastEpoch):
     self.why = self._why() or self._prepare()
     if self.why: return self._leave_to_fastai()
     self.engine = self.steps.engine
-    with kernel_threads() if self.engine == 'kernels' else nullcontext(): self._run()
+    with kernel_threads(self.steps.fused): self._run()
     self.took = True
     raise CancelTrainException()
 
@@ -250,7 +250,7 @@ def _signature(learn, options):
             [(t.data_ptr(), t.stride(), t.requires_grad) for t in tensors],
             [buf is not None and buf.data_ptr() for buf in bufs])
 
-# %% ../nbs/08_fast.ipynb #c32dcf4f
+# %% ../nbs/08_fast.ipynb #89564578
 @patch
 def _prepare(self:FastEpoch):
     "Have `steps` and the epoch's `table`; why not, or `None`"
@@ -264,10 +264,10 @@ def _prepare(self:FastEpoch):
             self.steps = Steps(self.model, self.loss_func, tfms, dl.dataset.items, self.opt.opt,
                                dl.n, dl.bs, dl.drop_last, **self.options)
             self.steps.prepare()
-            self.fused = None
+            self.fused_from = None
             self.signature = _signature(self.learn, self.options)
         self.table = epoch_schedule(self.learn, self.steps.n_steps)
-    except Exception as e: return f'{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ""}'
+    except Exception as e: return f'{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}'
 
 # %% ../nbs/08_fast.ipynb #0b582bb0
 def epoch_schedule(
@@ -347,7 +347,7 @@ def _tell_losses(self:FastEpoch, losses):
     metric.val = torch.tensor(val)
     self.recorder.losses += torch.tensor(smooth).unbind()
 
-# %% ../nbs/08_fast.ipynb #cc677b92
+# %% ../nbs/08_fast.ipynb #08ec20e0
 @patch
 def _evaluate(self:FastEpoch, dl):
     "All predictions on `dl`, and the metrics on them"
@@ -356,14 +356,19 @@ def _evaluate(self:FastEpoch, dl):
     device = dl.dataset.items.device
     idxs = torch.as_tensor(dl.get_idxs(), device=device)
     if dl.drop_last: idxs = idxs[:len(dl)*dl.bs]
-    if self.fused is None: self.fused = fuse(learn.model) if self._with_kernels() else learn.model
-    fused = self.fused is not learn.model
-    bs = max(dl.bs, 2500) if fused or device.type == 'cuda' else dl.bs
-    with kernel_threads() if fused else nullcontext(): batches = [self._predict(dl, some) for some in idxs.split(bs)]
+    if self.fused_from is not learn.model: self._fuse()
+    large = device.type == 'cuda' or self.fused is not learn.model
+    bs = max(dl.bs, 2500) if large else dl.bs
+    with kernel_threads(self.fused): batches = [self._predict(dl, some) for some in idxs.split(bs)]
     learn.n_iter = len(dl)
     learn.iter = len(dl) - 1
     pred,targ = map(torch.cat, zip(*batches))
     for metric in self.recorder._valid_mets: self._accumulate(metric, pred, targ, dl.bs)
+
+@patch
+def _fuse(self:FastEpoch):
+    self.fused_from = self.learn.model
+    self.fused = fuse(self.learn.model) if self._with_kernels() else self.learn.model
 
 @patch
 def _predict(self:FastEpoch, dl, idxs):

@@ -80,7 +80,8 @@ struct Team {
     const std::function<void(int,int)>* work = nullptr; // of block and thread
     std::atomic<int> n_threads{1};
     int n_started = 1;
-    int alone = 0, pause_jobs = 100; // after a long wait for another thread, so many jobs go without it
+    int alone = 0;        // so many jobs go without other threads,
+    int jobs_alone = 100; // as many as this after a long wait for one
     pid_t pid = getpid();
     std::mutex in_use; // by one of several threads of Python
 
@@ -100,7 +101,7 @@ struct Team {
         for (int spins = 0;;) {
             uint64_t j = job.load(std::memory_order_acquire);
             if (open(j) && thread < n_threads.load()) { take_blocks(thread); spins = 0; }
-            else if (++spins < 2000) pause();
+            else if (++spins < 2000) relax();
             else job.wait(j);
         }
     }
@@ -123,19 +124,21 @@ struct Team {
         take_blocks(0);
         auto own_end = std::chrono::steady_clock::now();
         for (int spins = 0; n_done.load(std::memory_order_acquire) < n_blocks; spins++)
-            if (spins < 2000) pause();
+            if (spins < 2000) relax();
             else std::this_thread::yield();
         auto waited = std::chrono::steady_clock::now() - own_end;
         bool held_up = waited > 2*(own_end - began) + std::chrono::microseconds(200);
-        if (held_up) alone = pause_jobs;
-        pause_jobs = held_up ? std::min(2*pause_jobs, 8000) : std::max(pause_jobs - 1, 100);
+        if (held_up) alone = jobs_alone;
+        jobs_alone = held_up ? std::min(2*jobs_alone, 8000) : std::max(jobs_alone - 1, 100);
     }
 
     int most_threads(int threads) const { return std::max(threads, n_started); } // that may take a block
 
-    static void pause() {
+    static void relax() {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
+#else
+        std::this_thread::yield();
 #endif
     }
 
@@ -174,6 +177,7 @@ struct Images { // what an op hands on
 };
 
 static inline vec positive(vec v) { return v < 0 ? vec{} : v; }
+static inline vec larger(vec a, vec b) { return (b > a) | (b != b) ? b : a; } // NaN if one of them is
 
 struct Channel { // reads a channel of a block, and takes the gradient of what it read
     const vec* a;
@@ -235,7 +239,7 @@ static void convolve(Planes x, int n_in, int n_out, int h, int w, int pad, const
     for (int co = 0; co < n_out; co += OB, weight += n_in*K*K*OB, bias += OB) {
         int n = std::min(OB, n_out-co);
         typename Out::template Sums<OB> sums{};
-        vec corner[OB][1];
+        vec corner[OB][1]; // the first pixel: the moments are of what differs from it, which keeps the digits of a small variance
         tile<K,OB,1,affine>({x.p - pad*x.row, x.plane, x.row}, n_in, pad, std::min(K, h+K-1-pad), weight, bias, scale, corner);
         for (int o = 0; o < n; o++) out.first(sums, co+o, o, corner[o][0]);
         for (int y = 0; y < h; y++) {
@@ -463,9 +467,7 @@ struct MaxPool : Op { // 2 x 2 pixels
             for (int r = 0; r < y->h; r++) for (int i = 0; i < y->w; i++) {
                 long j = 2*long(r)*x->w + 2*i;
                 vec v0 = ch.read(j), v1 = ch.read(j+1), v2 = ch.read(j+x->w), v3 = ch.read(j+x->w+1);
-                v0 = v1 > v0 ? v1 : v0;
-                v2 = v3 > v2 ? v3 : v2;
-                *out++ = v2 > v0 ? v2 : v0;
+                *out++ = larger(larger(v0, v1), larger(v2, v3));
             }
         }
     }
@@ -479,10 +481,11 @@ struct MaxPool : Op { // 2 x 2 pixels
                 vec g = *g_out++, v[4], best;
                 for (int k = 0; k < 4; k++) v[k] = ch.read(at[k]);
                 best = v[0];
-                for (int k = 1; k < 4; k++) best = v[k] > best ? v[k] : best;
+                for (int k = 1; k < 4; k++) best = larger(best, v[k]);
                 for (int k = 0; k < 4; k++) { // to the first of the largest
-                    ch.grad(at[k], v[k] == best ? g : vec{});
-                    g = v[k] == best ? vec{} : g;
+                    auto here = (v[k] == best) | (v[k] != v[k]);
+                    ch.grad(at[k], here ? g : vec{});
+                    g = here ? vec{} : g;
                 }
             }
             ch.done(*x, b, c);
@@ -548,7 +551,7 @@ struct Conv : Op { // with what follows it: ReLU, BatchNorm in either order, and
     double eps;
     int conv; // its number among the convolutions
     std::vector<real> packed, back, bias;
-    std::vector<double> counts, means, spreads; // for each block and channel: moments of a
+    std::vector<double> means, spreads; // for each block and channel: moments of a
     std::vector<real> rstd, c0, c1;             // for each channel
     std::vector<real> weight_parts, bias_parts; // for each block
     Buffer first, sum, square;
@@ -562,7 +565,7 @@ struct Conv : Op { // with what follows it: ReLU, BatchNorm in either order, and
 
     void begin(const Call& call, int slots) override {
         pack(tensor(call, 0), y->c, x->c, k, false, packed);
-        bias.assign(y->c + 8, 0);
+        bias.assign(y->c + 8, 0); // a tile reads up to 7 more
         if (tensor(call, 1)) std::copy_n(tensor(call, 1), y->c, bias.begin());
         means.resize(long(slots)*y->c);
         spreads.resize(long(slots)*y->c);

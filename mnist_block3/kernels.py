@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['march', 'why_no_kernels', 'Op', 'Run', 'kernel_threads', 'PythonState', 'fixed', 'fuse']
 
-# %% ../nbs/06_kernels.ipynb #15ede559
-import ctypes, hashlib, math, os, platform, random, shutil, subprocess, tempfile
+# %% ../nbs/06_kernels.ipynb #5112518b
+import ctypes, hashlib, math, os, platform, random, shlex, shutil, subprocess, tempfile, threading
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
@@ -15,35 +15,36 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 import torch.nn.functional as F
 from fastcore.basics import patch
 from fastcore.xdg import xdg_cache_home
 from filelock import FileLock
 from .basics import package_path
 
-# %% ../nbs/06_kernels.ipynb #98554bcf
+# %% ../nbs/06_kernels.ipynb #fae84725
 march = 'native' # the processor to compile for, as the compiler names it
 _source = package_path/'kernels.cpp'
 
-def _compile_command(
-    real:str, # Type of the numbers, 'float' or 'double'
-) -> list: # Without the name of the output
-    compiler = shutil.which(os.environ.get('CXX') or 'g++') or shutil.which('clang++')
-    if compiler is None: raise OSError('there is no C++ compiler g++ or clang++')
+def _compile_command(real, march):
+    "The command that compiles the source with numbers of the type `real`, 'float' or 'double'; without its output"
+    compiler = shlex.split(os.environ.get('CXX') or next(filter(shutil.which, ('g++', 'clang++')), ''))
+    if not compiler or not shutil.which(compiler[0]): raise RuntimeError(f'there is no C++ compiler {" ".join(compiler) or "g++ or clang++"}')
     if platform.machine() not in ('x86_64', 'AMD64', 'aarch64', 'arm64'):
-        raise OSError(f'they are not made for processors of type {platform.machine()}')
-    return [compiler, '-std=gnu++20', '-O3', f'-march={march}', '-fPIC', '-shared', '-pthread', f'-DREAL={real}', str(_source)]
+        raise RuntimeError(f'there are none for processors of the type {platform.machine()}')
+    return [*compiler, '-std=gnu++20', '-O3', f'-march={march}', '-fPIC', '-shared', '-pthread', f'-DREAL={real}']
 
 def _run_compiler(command):
     res = subprocess.run(command, capture_output=True, text=True)
-    if res.returncode: raise OSError(f'the C++ compiler fails: {(res.stderr.strip().splitlines() or [""])[-1]}')
+    lines = res.stderr.strip().splitlines() or ['']
+    if res.returncode: raise RuntimeError(f'the C++ compiler fails: {next((line for line in lines if "error" in line), lines[-1])}')
     return res.stdout
 
-# %% ../nbs/06_kernels.ipynb #feb39e97
+# %% ../nbs/06_kernels.ipynb #2f03e434
 def _library_name(command):
     "A name for the result of `command`, made from the source, the compiler and the processor"
-    target = _run_compiler([*command[:4], '-E', '-dM', '-x', 'c++', os.devnull])
-    text = _source.read_text() + target + ' '.join(command[1:-1])
+    macros = _run_compiler([*command, '-E', '-dM', '-x', 'c++', os.devnull]) # they name compiler and processor
+    text = _source.read_text() + macros + ' '.join(command)
     return f'kernels-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so'
 
 def _compiled(command, folder):
@@ -53,24 +54,24 @@ def _compiled(command, folder):
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix('.lock')), tempfile.TemporaryDirectory(dir=folder) as tmp:
         if not path.exists():
-            _run_compiler([*command, '-o', f'{tmp}/new'])
+            _run_compiler([*command, str(_source), '-o', f'{tmp}/new'])
             os.replace(f'{tmp}/new', path)
     return path
 
-# %% ../nbs/06_kernels.ipynb #5999bf17
+# %% ../nbs/06_kernels.ipynb #443bb5a0
 @cache
 def _build(real, march):
-    "The library of kernels, and why there is none: one of the two is `None`"
+    "The library of kernels and `None`, or `None` and why there is no library"
     try:
-        command = _compile_command(real)
+        command = _compile_command(real, march)
         try: return _open(_compiled(command, xdg_cache_home()/'mnist_block3')), None
         except OSError: # perhaps the folder cannot be written
             with tempfile.TemporaryDirectory() as tmp: return _open(_compiled(command, Path(tmp))), None
-    except OSError as e: return None, str(e)
+    except (OSError, RuntimeError) as e: return None, str(e)
 
-# %% ../nbs/06_kernels.ipynb #8f151c20
+# %% ../nbs/06_kernels.ipynb #570f5199
 def _open(path):
-    "The library, with the types of what its functions take and give"
+    "Load the library, and declare the types of its functions"
     lib = ctypes.CDLL(str(path))
     lib.run_new.restype = ctypes.c_void_p
     lib.run_new.argtypes = [ctypes.c_void_p] + 4*[ctypes.c_int]
@@ -120,18 +121,18 @@ def spec(self:Op):
     return _Spec(self.kind, self.conv.out_channels, self.conv.kernel_size[0], self.conv.padding[0],
                  self.norm is not None, self.relu, self.relu_first, channels, eps)
 
-# %% ../nbs/06_kernels.ipynb #b0d3d7ff
+# %% ../nbs/06_kernels.ipynb #eef6b4d3
 @patch
 def shape(self:Op,
     n, c, h, w # Shape of a batch
-) -> tuple: # Shape of what becomes of it
+) -> tuple: # Shape of the output
     if self.conv:
         grow = 2*self.conv.padding[0] - self.conv.kernel_size[0] + 1
         return n, self.conv.out_channels, h + grow, w + grow
     if self.kind == _kinds[nn.MaxPool2d]: return n, c, h//2, w//2
     return (n, c, 1, 1) if self.kind == _kinds[nn.AvgPool2d] else (n, c, h, w)
 
-# %% ../nbs/06_kernels.ipynb #004adb99
+# %% ../nbs/06_kernels.ipynb #f7feb078
 @patch
 def fits(self:Op,
     n, c, h, w # Shape of a batch
@@ -140,7 +141,7 @@ def fits(self:Op,
     if isinstance(self.layers[0], nn.AvgPool2d): return _pair(self.layers[0].kernel_size) == (h,w)
     if self.conv and self.conv.in_channels != c: return False # PyTorch raises the error
     n,c,h,w = self.shape(n, c, h, w)
-    return min(n, c, h, w) > 0 and not (self.norm and n*h*w == 1) # here too
+    return min(n, c, h, w) > 0 and not (self.norm and n*h*w == 1) # PyTorch raises an error here too
 
 def _pair(size): return size if isinstance(size, tuple) else (size,size)
 
@@ -194,7 +195,7 @@ class _Batch:
 
 def _addresses(tensors): return (ctypes.c_void_p*len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
-# %% ../nbs/06_kernels.ipynb #cdaa0282
+# %% ../nbs/06_kernels.ipynb #5886810c
 class _Plan:
     "What batches of one type and shape have in common"
     def __init__(self, ops, dtype, shape, free):
@@ -204,7 +205,7 @@ class _Plan:
         self.specs = (_Spec*len(ops))(*[op.spec() for op in ops])
         self.fits = self.lib is not None
         self.mask_sizes = []
-        self.probs = None # of the last dropout
+        self.dropout = None, None # the last probabilities, and what each number is kept with
         self.free = free # buffers that are not in use, for all batch sizes
         for op in ops:
             self.fits = self.fits and op.fits(*shape)
@@ -235,11 +236,11 @@ class Run(nn.Module):
         keep = any(op.uses_batch() or op.drop_prob() for op in self.ops)
         return self.launch(plan, x.contiguous(), params, keep)[0]
 
-# %% ../nbs/06_kernels.ipynb #66eca0f5
+# %% ../nbs/06_kernels.ipynb #b83e63c3
 @patch
 def plan(self:Run, x, params):
     "The plan for images `x`, or `None` where PyTorch has to take them"
-    if x.device.type != 'cpu' or x.dim() != 4 or not len(x) or torch.is_autocast_enabled('cpu'): return
+    if x.device.type != 'cpu' or x.dim() != 4 or not 0 < len(x) < 10**6 or torch.is_autocast_enabled('cpu'): return
     if x.dtype not in (torch.float32, torch.float64): return
     if any(p is not None and (p.dtype != x.dtype or p.device != x.device) for p in params): return
     key = x.dtype, x.shape
@@ -248,7 +249,7 @@ def plan(self:Run, x, params):
         self.plans[key] = _Plan(self.ops, *key, free)
     return self.plans[key] if self.plans[key].fits else None
 
-# %% ../nbs/06_kernels.ipynb #6862840d
+# %% ../nbs/06_kernels.ipynb #b3d953fe
 @patch
 def masks(self:Run,
     plan:_Plan,
@@ -258,10 +259,10 @@ def masks(self:Run,
     addresses = (ctypes.c_void_p*(len(self.ops)+2))() # the first and the last are for loading and storing
     if not any(probs): return addresses, None
     sizes = [size if p else 0 for p,size in zip(probs, plan.mask_sizes)]
-    if probs != plan.probs:
-        plan.probs = probs
-        plan.keep = torch.cat([torch.full((size,), 1-p, dtype=plan.dtype) for p,size in zip(probs, sizes)])
-    masks = torch.bernoulli(plan.keep).div_(plan.keep)
+    if probs != plan.dropout[0]:
+        plan.dropout = probs, torch.cat([torch.full((size,), 1-p, dtype=plan.dtype) for p,size in zip(probs, sizes)])
+    keep = plan.dropout[1]
+    masks = torch.bernoulli(keep).div_(keep)
     at = masks.data_ptr()
     for i,size in enumerate(sizes):
         if size: addresses[i+1] = at
@@ -308,20 +309,39 @@ class _RunFunction(torch.autograd.Function):
         lib.run_backward(ctx.batch.buffers.run, ctypes.byref(call))
         return None, None, g_x, *grads
 
-# %% ../nbs/06_kernels.ipynb #0aad432f
-_threads = None # of the kernels; `None`: as many as PyTorch's
+# %% ../nbs/06_kernels.ipynb #ba5be9d5
+_lock = threading.Lock()
+_users = 0 # how many are inside `kernel_threads`
+_threads = None # of the kernels then
 
 @contextmanager
-def kernel_threads():
-    "PyTorch's operations use one thread, the kernels as many as PyTorch had before"
-    global _threads
-    n = torch.get_num_threads()
-    outer,_threads = _threads, _threads or n
-    torch.set_num_threads(1)
+def kernel_threads(
+    model:nn.Module, # From `fuse`
+):
+    "Within it PyTorch's operations use one thread, and the kernels as many as PyTorch had, if they do all convolutions of `model`"
+    global _users, _threads
+    if not _by_kernels_alone(model):
+        yield
+        return
+    with _lock:
+        if not _users:
+            _threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _users += 1
     try: yield
     finally:
-        _threads = outer
-        torch.set_num_threads(n)
+        with _lock:
+            _users -= 1
+            if not _users:
+                torch.set_num_threads(_threads)
+                _threads = None
+
+def _by_kernels_alone(model):
+    "Whether there are runs in `model`, and no convolutions elsewhere"
+    runs = [m for m in model.modules() if isinstance(m, Run)]
+    inside = {id(m) for run in runs for m in run.modules()}
+    left = [m for m in model.modules() if isinstance(m, _ConvNd) and id(m) not in inside]
+    return bool(runs) and not left
 
 # %% ../nbs/06_kernels.ipynb #4b37322c
 def _is_conv(m):
@@ -387,7 +407,7 @@ def _n_first(layers):
         n += 1
     return n + (n < len(layers) and type(layers[n]) is nn.Dropout2d)
 
-# %% ../nbs/06_kernels.ipynb #8ede301f
+# %% ../nbs/06_kernels.ipynb #4aec8e1f
 class PythonState:
     "What running some objects may change in Python: their attributes, and the random numbers of the CPU"
     def __init__(self,
@@ -395,7 +415,7 @@ class PythonState:
     ):
         parts = [part for o in objects for part in (o.modules() if isinstance(o, nn.Module) else [o])]
         self.objects = [part for part in parts if hasattr(part, '__dict__')]
-        self.attrs = [{k: copy(v) if isinstance(v, (list,dict,set)) else v for k,v in vars(o).items()} for o in self.objects]
+        self.attrs = [{k: (v, copy(v) if isinstance(v, (list,dict,set)) else None) for k,v in vars(o).items()} for o in self.objects]
         self.buffers = [(b, b.clone()) for o in self.objects if isinstance(o, nn.Module) for b in o.buffers(recurse=False)]
         self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.seen = self._look()
@@ -409,34 +429,34 @@ class PythonState:
     def restore(self):
         for o,attrs in zip(self.objects, self.attrs):
             for k in vars(o).keys() - attrs.keys(): del vars(o)[k]
-            for k,v in attrs.items(): _put_back(vars(o), k, v)
+            for k,(v,content) in attrs.items():
+                vars(o)[k] = v
+                if content is not None: _refill(v, content)
         for b,value in self.buffers:
             if not torch.equal(b, value): b.copy_(value)
         for put_back,state in zip((random.setstate, np.random.set_state, torch.set_rng_state), self.random): put_back(state)
 
-# %% ../nbs/06_kernels.ipynb #d790f902
+# %% ../nbs/06_kernels.ipynb #86639c23
 def fixed(
     v, # A value, for instance of an attribute
 ): # Numbers, text and addresses
-    "Something that differs where `v`, or what it contains, has been replaced"
+    "Differs where `v`, or something in it, has been replaced"
     if isinstance(v, (bool,int,float,str)): return v
     if isinstance(v, torch.Tensor): return id(v), v.data_ptr()
     if isinstance(v, dict): return {k: fixed(item) for k,item in v.items()}
     return [fixed(item) for item in v] if isinstance(v, (list,tuple,set)) else id(v)
 
-def _put_back(attrs, k, v):
-    if not isinstance(v, (list,dict,set)): attrs[k] = v
-    elif isinstance(v, list): attrs[k][:] = v
-    elif attrs[k] != v:
-        attrs[k].clear()
-        attrs[k].update(v)
+def _refill(container, content):
+    container.clear()
+    if isinstance(container, list): container.extend(content)
+    else: container.update(content)
 
-# %% ../nbs/06_kernels.ipynb #92eda277
+# %% ../nbs/06_kernels.ipynb #05a902c3
 def fuse(
-    model:nn.Module, # Any module; its mode, training or evaluation, is kept for good
+    model:nn.Module, # Any module; traced in its present mode, so call `fuse` again after `train()` or `eval()`
 ) -> nn.Module: # Shares all weights with `model`; `model` itself where nothing can be fused
     "A module that computes what `model` does in its present mode, by kernels where they cover its layers"
-    graph = _drawn(model)
+    graph = _traced(model)
     starts = [node for node in graph.nodes if isinstance(_layer(model, node), nn.Conv2d)] if graph else []
     if not starts: return model
     modules = {node.target: attrgetter(node.target)(model) for node in graph.nodes if node.op in ('call_module', 'get_attr')}
@@ -448,11 +468,11 @@ def fuse(
         modules[_replace(graph, nodes)] = Run(ops)
     return fx.GraphModule(modules, graph)
 
-# %% ../nbs/06_kernels.ipynb #bd2ce347
-def _drawn(model):
-    "The graph of `model`, or `None` where there is none that does the same each time"
-    drawn_through = [m for m in model.modules() if m is model or not fx.Tracer().is_leaf_module(m, '')]
-    if any(_hooked(m) for m in drawn_through): return # a drawn graph has no place for their hooks
+# %% ../nbs/06_kernels.ipynb #bb25049b
+def _traced(model):
+    "The traced graph of `model`, or `None` where `forward` does not do the same each time"
+    traced_through = [m for m in model.modules() if m is model or not fx.Tracer().is_leaf_module(m, '')]
+    if any(_hooked(m) for m in traced_through): return # a traced graph has no place for their hooks
     before,versions = PythonState(model),_versions(model)
     try: graph = fx.Tracer().trace(model)
     except Exception: graph = None

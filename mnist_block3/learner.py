@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NLLLossFlat', 'TorchSGD', 'StepDecay', 'History', 'history', 'Block3Learner', 'block3_learner', 'PreciseBN']
 
-# %% ../nbs/09_learner.ipynb #e2154a7a
+# %% ../nbs/09_learner.ipynb #5f2336ce
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from numbers import Number
@@ -221,7 +221,7 @@ def _fixed_tfms(dl):
     raise ValueError(f'{type(dl).__name__} has no batch transforms to replace: '
                      'augment the data itself, and use aug=0')
 
-# %% ../nbs/09_learner.ipynb #031b799b
+# %% ../nbs/09_learner.ipynb #88c9ce32
 class PreciseBN(Callback):
     "After the last step, recompute BatchNorm's statistics from all training images, without random changes"
     def after_train(self):
@@ -232,7 +232,8 @@ class PreciseBN(Callback):
         twin = _copied(model) # where you interrupt, `model` is as it was
         for m in _dropouts(twin): m.p = 0.
         kernels = any(getattr(cb, 'engine', None) == 'kernels' for cb in self.learn.cbs)
-        with kernel_threads() if kernels else nullcontext(): update_bn(dl, fuse(twin) if kernels else twin, next(twin.parameters()).device)
+        fused = fuse(twin) if kernels else twin
+        with kernel_threads(fused): update_bn(dl, fused, next(twin.parameters()).device)
         model.load_state_dict(twin.state_dict())
 
 def _copied(model):

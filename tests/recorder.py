@@ -61,7 +61,7 @@ def install(monkeypatch):
         graph.ops = recorder.ops
     fakes = dict(CUDAGraph=new_graph, graph=record, Stream=Stream, current_stream=Stream, set_stream=lambda stream: None,
                  stream=lambda stream: nullcontext(), device=lambda device: nullcontext(), graph_pool_handle=lambda: None,
-                 set_sync_debug_mode=lambda mode: None, default_generators={None: Generator(), 0: Generator()})
+                 set_sync_debug_mode=lambda mode: None, get_sync_debug_mode=lambda: 0, default_generators={None: Generator(), 0: Generator()})
     for name,fake in fakes.items(): monkeypatch.setattr(torch.cuda, name, fake)
     init = Steps.__init__
     def with_graph(self, *args, **kwargs):

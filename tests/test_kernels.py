@@ -541,3 +541,29 @@ def test_processes_at_once_build_once_and_end_well(tmp_path):
     assert [user.wait() for user in users] == [0,0,0]
     assert len((tmp_path/'calls').read_text().splitlines()) == 1
     assert len(list((tmp_path/'cache/mnist_block3').glob('*.so'))) == 1
+
+
+def test_max_pooling_passes_nan_on():
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.MaxPool2d(2))
+    x = torch.randn(3, 1, 6, 6)
+    for i in range(3): x[i,0,i,1] = torch.nan
+    torch.testing.assert_close(fuse(model)(x), model(x), equal_nan=True)
+
+
+class ReplacesItsParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.register_buffer('mean', torch.zeros(8, 1, 1))
+        self.seen = []
+    def forward(self, x):
+        x = self.conv(x)
+        self.mean = 0.9*self.mean + 0.1*x.mean((0, 2, 3))[:,None,None]
+        self.seen = x.shape
+        return x - self.mean
+
+def test_a_model_that_replaces_its_parts_stays_as_it_was():
+    model = ReplacesItsParts()
+    mean,seen = model.mean, model.seen
+    assert fuse(model) is model
+    assert model.mean is mean and model.seen is seen and not mean.any() and seen == []
