@@ -248,6 +248,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mnist_block3.kernels._chain': ('kernels.html#_chain', 'mnist_block3/kernels.py'),
                                       'mnist_block3.kernels._compile_command': ('kernels.html#_compile_command', 'mnist_block3/kernels.py'),
                                       'mnist_block3.kernels._compiled': ('kernels.html#_compiled', 'mnist_block3/kernels.py'),
+                                      'mnist_block3.kernels._content': ('kernels.html#_content', 'mnist_block3/kernels.py'),
                                       'mnist_block3.kernels._hooked': ('kernels.html#_hooked', 'mnist_block3/kernels.py'),
                                       'mnist_block3.kernels._is_conv': ('kernels.html#_is_conv', 'mnist_block3/kernels.py'),
                                       'mnist_block3.kernels._is_pool': ('kernels.html#_is_pool', 'mnist_block3/kernels.py'),

@@ -22,28 +22,31 @@ from fastcore.xdg import xdg_cache_home
 from filelock import FileLock
 from .basics import package_path
 
-# %% ../nbs/06_kernels.ipynb #fae84725
+# %% ../nbs/06_kernels.ipynb #79b05ed8
 march = 'native' # the processor to compile for, as the compiler names it
 _source = package_path/'kernels.cpp'
 
 def _compile_command(real, march):
-    "The command that compiles the source with numbers of the type `real`, 'float' or 'double'; without its output"
-    compiler = shlex.split(os.environ.get('CXX') or next(filter(shutil.which, ('g++', 'clang++')), ''))
-    if not compiler or not shutil.which(compiler[0]): raise RuntimeError(f'there is no C++ compiler {" ".join(compiler) or "g++ or clang++"}')
+    "The command that compiles the source for numbers of the type `real`, but for source and output"
+    name = os.environ.get('CXX') or next(filter(shutil.which, ('g++', 'clang++')), 'g++ or clang++')
+    compiler = shlex.split(name)
+    if not shutil.which(compiler[0]): raise RuntimeError(f'there is no C++ compiler {name}')
     if platform.machine() not in ('x86_64', 'AMD64', 'aarch64', 'arm64'):
         raise RuntimeError(f'there are none for processors of the type {platform.machine()}')
-    return [*compiler, '-std=gnu++20', '-O3', f'-march={march}', '-fPIC', '-shared', '-pthread', f'-DREAL={real}']
+    flags = ['-std=gnu++20', '-O3', f'-march={march}', '-fPIC', '-shared', '-pthread', f'-DREAL={real}']
+    return [*compiler, *flags]
 
 def _run_compiler(command):
     res = subprocess.run(command, capture_output=True, text=True)
+    if not res.returncode: return res.stdout
     lines = res.stderr.strip().splitlines() or ['']
-    if res.returncode: raise RuntimeError(f'the C++ compiler fails: {next((line for line in lines if "error" in line), lines[-1])}')
-    return res.stdout
+    line = next((line for line in lines if 'error' in line), lines[-1])
+    raise RuntimeError(f'the C++ compiler fails: {line}')
 
-# %% ../nbs/06_kernels.ipynb #2f03e434
+# %% ../nbs/06_kernels.ipynb #3e8080d6
 def _library_name(command):
     "A name for the result of `command`, made from the source, the compiler and the processor"
-    macros = _run_compiler([*command, '-E', '-dM', '-x', 'c++', os.devnull]) # they name compiler and processor
+    macros = _run_compiler([*command, '-E', '-dM', '-x', 'c++', os.devnull]) # of compiler and processor
     text = _source.read_text() + macros + ' '.join(command)
     return f'kernels-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so'
 
@@ -87,15 +90,16 @@ def why_no_kernels() -> str: # `None`: there are kernels
     "Why the kernels cannot be used on this machine; compiles them if that has not been done yet"
     return _build('float', march)[1]
 
-# %% ../nbs/06_kernels.ipynb #3b2ca478
+# %% ../nbs/06_kernels.ipynb #bc2eb181
 class _Spec(ctypes.Structure):
     "`Spec` of the C++ source"
-    _fields_ = [(name, ctypes.c_int) for name in ('kind', 'n_out', 'k', 'pad', 'norm', 'relu', 'relu_first', 'channels')]
-    _fields_ += [('eps', ctypes.c_double)]
+    _ints = 'kind', 'n_out', 'k', 'pad', 'norm', 'relu', 'relu_first', 'channels'
+    _fields_ = [*[(name, ctypes.c_int) for name in _ints], ('eps', ctypes.c_double)]
 
-_kinds = {nn.Conv2d: 0, nn.MaxPool2d: 1, nn.AvgPool2d: 2, nn.AdaptiveAvgPool2d: 2, nn.Dropout: 3, nn.Dropout2d: 3}
+_kinds = {nn.Conv2d: 0, nn.MaxPool2d: 1, nn.AvgPool2d: 2, nn.AdaptiveAvgPool2d: 2,
+          nn.Dropout: 3, nn.Dropout2d: 3} # `Kind` of the C++ source
 
-# %% ../nbs/06_kernels.ipynb #a8da0f21
+# %% ../nbs/06_kernels.ipynb #d1686b43
 class Op:
     "A convolution with what follows it, or another layer"
     def __init__(self,
@@ -109,7 +113,7 @@ class Op:
         self.norm = first(nn.BatchNorm2d)
         self.drop = first(nn.Dropout, nn.Dropout2d)
         self.relu = nn.ReLU in types
-        self.relu_first = self.relu and (self.norm is None or types.index(nn.ReLU) < types.index(nn.BatchNorm2d))
+        self.relu_first = self.relu and nn.BatchNorm2d not in types[:types.index(nn.ReLU)]
 
 # %% ../nbs/06_kernels.ipynb #eeecf6b3
 @patch
@@ -145,11 +149,12 @@ def fits(self:Op,
 
 def _pair(size): return size if isinstance(size, tuple) else (size,size)
 
-# %% ../nbs/06_kernels.ipynb #c8e1a093
+# %% ../nbs/06_kernels.ipynb #c391a2ca
 @patch
 def params(self:Op):
     "Weight, bias, gamma and beta; `None` for what there is not"
-    return [self.conv.weight, self.conv.bias] + ([self.norm.weight, self.norm.bias] if self.norm else [None, None])
+    of_norm = [self.norm.weight, self.norm.bias] if self.norm else [None, None]
+    return [self.conv.weight, self.conv.bias, *of_norm]
 
 @patch
 def running(self:Op):
@@ -172,11 +177,12 @@ def rate(self:Op):
 @patch
 def drop_prob(self:Op): return self.drop.p if self.drop and self.drop.training else 0.
 
-# %% ../nbs/06_kernels.ipynb #ede7dee1
+# %% ../nbs/06_kernels.ipynb #7442bea1
 class _Call(ctypes.Structure):
     "`Call` of the C++ source"
-    _fields_ = [('n', ctypes.c_int), ('threads', ctypes.c_int)]
-    _fields_ += [(name, ctypes.c_void_p) for name in ('x', 'out', 'tensors', 'masks', 'rates', 'g_out', 'g_x', 'grads')]
+    _ints = 'n', 'threads'
+    _pointers = 'x', 'out', 'tensors', 'masks', 'rates', 'g_out', 'g_x', 'grads'
+    _fields_ = [(name, ctypes.c_int) for name in _ints] + [(name, ctypes.c_void_p) for name in _pointers]
 
 class _Buffers:
     "Memory of the C++ side for images of one shape"
@@ -193,7 +199,9 @@ class _Batch:
         except IndexError: self.buffers = _Buffers(plan.lib, plan.specs, plan.shape[1:])
     def __del__(self): self.plan.free.append(self.buffers)
 
-def _addresses(tensors): return (ctypes.c_void_p*len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
+def _addresses(tensors):
+    "Where tensors lie, as a C array; null for `None`"
+    return (ctypes.c_void_p*len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 # %% ../nbs/06_kernels.ipynb #5886810c
 class _Plan:
@@ -236,11 +244,12 @@ class Run(nn.Module):
         keep = any(op.uses_batch() or op.drop_prob() for op in self.ops)
         return self.launch(plan, x.contiguous(), params, keep)[0]
 
-# %% ../nbs/06_kernels.ipynb #b83e63c3
+# %% ../nbs/06_kernels.ipynb #b1a931ed
 @patch
 def plan(self:Run, x, params):
     "The plan for images `x`, or `None` where PyTorch has to take them"
-    if x.device.type != 'cpu' or x.dim() != 4 or not 0 < len(x) < 10**6 or torch.is_autocast_enabled('cpu'): return
+    if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'): return
+    if x.dim() != 4 or not 0 < len(x) < 10**6: return
     if x.dtype not in (torch.float32, torch.float64): return
     if any(p is not None and (p.dtype != x.dtype or p.device != x.device) for p in params): return
     key = x.dtype, x.shape
@@ -249,7 +258,7 @@ def plan(self:Run, x, params):
         self.plans[key] = _Plan(self.ops, *key, free)
     return self.plans[key] if self.plans[key].fits else None
 
-# %% ../nbs/06_kernels.ipynb #b3d953fe
+# %% ../nbs/06_kernels.ipynb #fe1dc84e
 @patch
 def masks(self:Run,
     plan:_Plan,
@@ -260,7 +269,8 @@ def masks(self:Run,
     if not any(probs): return addresses, None
     sizes = [size if p else 0 for p,size in zip(probs, plan.mask_sizes)]
     if probs != plan.dropout[0]:
-        plan.dropout = probs, torch.cat([torch.full((size,), 1-p, dtype=plan.dtype) for p,size in zip(probs, sizes)])
+        parts = [torch.full((size,), 1-p, dtype=plan.dtype) for p,size in zip(probs, sizes)]
+        plan.dropout = probs, torch.cat(parts)
     keep = plan.dropout[1]
     masks = torch.bernoulli(keep).div_(keep)
     at = masks.data_ptr()
@@ -269,11 +279,12 @@ def masks(self:Run,
         at += size*masks.element_size()
     return addresses, masks
 
-# %% ../nbs/06_kernels.ipynb #800bd010
+# %% ../nbs/06_kernels.ipynb #735f6340
 @patch
 def launch(self:Run, plan, x, params, keep):
     "The forward pass: what becomes of images `x`, and the `_Batch`; `keep` what the backward pass needs"
-    counts = [op.norm.num_batches_tracked for op in self.ops if op.norm and op.norm.training and op.norm.track_running_stats]
+    norms = [op.norm for op in self.ops if op.norm and op.norm.training]
+    counts = [norm.num_batches_tracked for norm in norms if norm.track_running_stats]
     if counts: torch._foreach_add_(counts, 1)
     batch = _Batch(plan)
     masks,batch.masks = self.masks(plan)
@@ -281,8 +292,9 @@ def launch(self:Run, plan, x, params, keep):
     stats = [op.running() for op in self.ops if op.conv]
     tensors = _addresses([t for i,pair in enumerate(stats) for t in params[4*i:4*i+4] + pair])
     out = x.new_empty(plan.out_shape)
-    batch.call = _Call(len(x), _threads or torch.get_num_threads(), x.data_ptr(), out.data_ptr(), ctypes.addressof(tensors),
-                       ctypes.addressof(masks), ctypes.addressof(rates), g_x=x.requires_grad or None)
+    threads = _threads or torch.get_num_threads()
+    batch.call = _Call(len(x), threads, x.data_ptr(), out.data_ptr(), *map(ctypes.addressof, (tensors, masks, rates)))
+    if x.requires_grad: batch.call.g_x = x.data_ptr() # not null: the backward pass will want it
     batch.kept = x, params, masks, rates, tensors
     plan.lib.run_forward(batch.buffers.run, ctypes.byref(batch.call), keep)
     return out, batch
@@ -309,7 +321,7 @@ class _RunFunction(torch.autograd.Function):
         lib.run_backward(ctx.batch.buffers.run, ctypes.byref(call))
         return None, None, g_x, *grads
 
-# %% ../nbs/06_kernels.ipynb #ba5be9d5
+# %% ../nbs/06_kernels.ipynb #ffbfcb81
 _lock = threading.Lock()
 _users = 0 # how many are inside `kernel_threads`
 _threads = None # of the kernels then
@@ -318,7 +330,7 @@ _threads = None # of the kernels then
 def kernel_threads(
     model:nn.Module, # From `fuse`
 ):
-    "Within it PyTorch's operations use one thread, and the kernels as many as PyTorch had, if they do all convolutions of `model`"
+    "Give PyTorch one thread, and the kernels as many as PyTorch had, if they do all convolutions of `model`"
     global _users, _threads
     if not _by_kernels_alone(model):
         yield
@@ -343,12 +355,12 @@ def _by_kernels_alone(model):
     left = [m for m in model.modules() if isinstance(m, _ConvNd) and id(m) not in inside]
     return bool(runs) and not left
 
-# %% ../nbs/06_kernels.ipynb #4b37322c
+# %% ../nbs/06_kernels.ipynb #4b889af0
 def _is_conv(m):
     k = m.kernel_size[0]
     covered = m.kernel_size == (k,k) and k in (1,3,5) and m.stride == m.dilation == (1,1) and m.groups == 1
     padded = isinstance(m.padding, tuple) and m.padding[0] == m.padding[1] < k and m.padding_mode == 'zeros'
-    return covered and padded and m.weight.numel() <= 2**16 # PyTorch's matrix products are the faster way for more
+    return covered and padded and m.weight.numel() <= 2**16 # PyTorch is faster for more
 
 def _is_pool(m):
     halves = m.kernel_size in (2, (2,2)) and m.stride in (2, (2,2))
@@ -407,7 +419,7 @@ def _n_first(layers):
         n += 1
     return n + (n < len(layers) and type(layers[n]) is nn.Dropout2d)
 
-# %% ../nbs/06_kernels.ipynb #4aec8e1f
+# %% ../nbs/06_kernels.ipynb #3d9322a7
 class PythonState:
     "What running some objects may change in Python: their attributes, and the random numbers of the CPU"
     def __init__(self,
@@ -415,8 +427,9 @@ class PythonState:
     ):
         parts = [part for o in objects for part in (o.modules() if isinstance(o, nn.Module) else [o])]
         self.objects = [part for part in parts if hasattr(part, '__dict__')]
-        self.attrs = [{k: (v, copy(v) if isinstance(v, (list,dict,set)) else None) for k,v in vars(o).items()} for o in self.objects]
-        self.buffers = [(b, b.clone()) for o in self.objects if isinstance(o, nn.Module) for b in o.buffers(recurse=False)]
+        self.attrs = [{k: (v, _content(v)) for k,v in vars(o).items()} for o in self.objects]
+        modules = [o for o in self.objects if isinstance(o, nn.Module)]
+        self.buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
         self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.seen = self._look()
 
@@ -434,9 +447,10 @@ class PythonState:
                 if content is not None: _refill(v, content)
         for b,value in self.buffers:
             if not torch.equal(b, value): b.copy_(value)
-        for put_back,state in zip((random.setstate, np.random.set_state, torch.set_rng_state), self.random): put_back(state)
+        setters = random.setstate, np.random.set_state, torch.set_rng_state
+        for setter,state in zip(setters, self.random): setter(state)
 
-# %% ../nbs/06_kernels.ipynb #86639c23
+# %% ../nbs/06_kernels.ipynb #4f28eeb4
 def fixed(
     v, # A value, for instance of an attribute
 ): # Numbers, text and addresses
@@ -446,20 +460,23 @@ def fixed(
     if isinstance(v, dict): return {k: fixed(item) for k,item in v.items()}
     return [fixed(item) for item in v] if isinstance(v, (list,tuple,set)) else id(v)
 
+def _content(v): return copy(v) if isinstance(v, (list,dict,set)) else None
+
 def _refill(container, content):
     container.clear()
     if isinstance(container, list): container.extend(content)
     else: container.update(content)
 
-# %% ../nbs/06_kernels.ipynb #05a902c3
+# %% ../nbs/06_kernels.ipynb #1249a22f
 def fuse(
-    model:nn.Module, # Any module; traced in its present mode, so call `fuse` again after `train()` or `eval()`
+    model:nn.Module, # Any module; call `fuse` again after `train()` or `eval()`
 ) -> nn.Module: # Shares all weights with `model`; `model` itself where nothing can be fused
     "A module that computes what `model` does in its present mode, by kernels where they cover its layers"
     graph = _traced(model)
     starts = [node for node in graph.nodes if isinstance(_layer(model, node), nn.Conv2d)] if graph else []
     if not starts: return model
-    modules = {node.target: attrgetter(node.target)(model) for node in graph.nodes if node.op in ('call_module', 'get_attr')}
+    targets = {node.target for node in graph.nodes if node.op in ('call_module', 'get_attr')}
+    modules = {target: attrgetter(target)(model) for target in targets}
     while starts:
         chain = _chain(model, starts[0])
         ops = _ops([m for _,m in chain])
@@ -468,7 +485,7 @@ def fuse(
         modules[_replace(graph, nodes)] = Run(ops)
     return fx.GraphModule(modules, graph)
 
-# %% ../nbs/06_kernels.ipynb #bb25049b
+# %% ../nbs/06_kernels.ipynb #9a53ef73
 def _traced(model):
     "The traced graph of `model`, or `None` where `forward` does not do the same each time"
     traced_through = [m for m in model.modules() if m is model or not fx.Tracer().is_leaf_module(m, '')]
@@ -481,8 +498,8 @@ def _traced(model):
 
 def _versions(model):
     "How often each buffer, and each tensor that is an attribute, has been changed in place"
-    tensors = [v for m in model.modules() for v in [*m._buffers.values(), *vars(m).values()] if isinstance(v, torch.Tensor)]
-    return [t._version for t in tensors if not t.is_inference()]
+    values = [v for m in model.modules() for v in [*m._buffers.values(), *vars(m).values()]]
+    return [v._version for v in values if isinstance(v, torch.Tensor) and not v.is_inference()]
 
 # %% ../nbs/06_kernels.ipynb #e2384fce
 def _replace(graph, nodes):
