@@ -27,4 +27,5 @@ from .sweep import *
 from .predict import *
 
 # %% ../nbs/17_all.ipynb #b1864c3f
-__all__ = [name for name in list(globals()) if not name.startswith('_')]
+def _public(names): return [name for name in names if not name.startswith('_')]
+__all__ = _public(globals())
