@@ -131,6 +131,7 @@ class Devices(TorchDispatchMode):
         assert func is not torch.ops.aten._local_scalar_dense.default
         return out
 
+@pytest.mark.skipif(torch.__version__.startswith('2.9'), reason='there a fake GPU needs a driver for random numbers')
 @pytest.mark.parametrize('tfm', [CropRotate(), Distort(elastic=1.)], ids=['crop', 'elastic'])
 @pytest.mark.parametrize('sched_mom', [False, True])
 def test_graph_has_no_tensor_of_the_cpu(monkeypatch, tfm, sched_mom):
