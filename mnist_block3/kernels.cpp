@@ -474,8 +474,7 @@ struct MaxPool : Op { // 2 x 2 pixels
     void backward(const Call&, int b) override {
         for (int c = 0; c < x->c; c++) {
             Channel ch(*x, b, c);
-            const vec* g_out = y->ga(b) + long(c)*y->h*y->w;
-            if (x->h%2 || x->w%2) memset((void*)ch.ga, 0, sizeof(vec)*x->h*x->w);
+            const vec* g_out = y->ga(b) + long(c)*y->h*y->w; // a last odd row or column gets none: its gradient stays 0
             for (int r = 0; r < y->h; r++) for (int i = 0; i < y->w; i++) {
                 long j = 2*long(r)*x->w + 2*i, at[4] = {j, j+1, j+x->w, j+x->w+1};
                 vec g = *g_out++, v[4], best;

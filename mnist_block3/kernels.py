@@ -299,7 +299,7 @@ def launch(self:Run, plan, x, params, keep):
     plan.lib.run_forward(batch.buffers.run, ctypes.byref(batch.call), keep)
     return out, batch
 
-# %% ../nbs/06_kernels.ipynb #f41e62ef
+# %% ../nbs/06_kernels.ipynb #5b51055d
 class _RunFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, plan, x, *params):
@@ -310,15 +310,16 @@ class _RunFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_out):
-        call,lib = ctx.batch.call, ctx.batch.plan.lib
+        plan = ctx.batch.plan
+        call = ctx.batch.call
         g_out = g_out.contiguous()
-        g_x = g_out.new_empty(ctx.batch.plan.shape) if call.g_x else None
+        g_x = g_out.new_empty(plan.shape) if call.g_x else None
         grads = [None if p is None else p.new_empty(p.shape) for p in ctx.saved_tensors]
         addresses = _addresses(grads)
         call.g_out = g_out.data_ptr()
         call.grads = ctypes.addressof(addresses)
         if g_x is not None: call.g_x = g_x.data_ptr()
-        lib.run_backward(ctx.batch.buffers.run, ctypes.byref(call))
+        plan.lib.run_backward(ctx.batch.buffers.run, ctypes.byref(call))
         return None, None, g_x, *grads
 
 # %% ../nbs/06_kernels.ipynb #ffbfcb81
@@ -398,7 +399,7 @@ def _chain(model, node):
         node = next(iter(node.users))
     return chain
 
-# %% ../nbs/06_kernels.ipynb #a07a824c
+# %% ../nbs/06_kernels.ipynb #41c8a220
 def _ops(layers):
     "`Op`s of as many of `layers` as the kernels take, from the first on"
     ops = []
@@ -413,7 +414,8 @@ def _n_first(layers):
     "How many of `layers` make up the first `Op`"
     if type(layers[0]) in (nn.ReLU, nn.BatchNorm2d): return 0
     if type(layers[0]) is not nn.Conv2d: return 1
-    wanted,n = [nn.ReLU, nn.BatchNorm2d],1
+    wanted = [nn.ReLU, nn.BatchNorm2d]
+    n = 1
     while n < len(layers) and type(layers[n]) in wanted:
         wanted.remove(type(layers[n]))
         n += 1
@@ -485,12 +487,13 @@ def fuse(
         modules[_replace(graph, nodes)] = Run(ops)
     return fx.GraphModule(modules, graph)
 
-# %% ../nbs/06_kernels.ipynb #9a53ef73
+# %% ../nbs/06_kernels.ipynb #1c35d29f
 def _traced(model):
     "The traced graph of `model`, or `None` where `forward` does not do the same each time"
     traced_through = [m for m in model.modules() if m is model or not fx.Tracer().is_leaf_module(m, '')]
     if any(_hooked(m) for m in traced_through): return # a traced graph has no place for their hooks
-    before,versions = PythonState(model),_versions(model)
+    before = PythonState(model)
+    versions = _versions(model)
     try: graph = fx.Tracer().trace(model)
     except Exception: graph = None
     if graph and before.unchanged() and versions == _versions(model): return graph

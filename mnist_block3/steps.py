@@ -117,7 +117,7 @@ def _allocate(self:Steps, n, drop_last):
 @patch(as_prop=True)
 def device(self:Steps): return self.digits.images.device
 
-# %% ../nbs/07_steps.ipynb #c3611e42
+# %% ../nbs/07_steps.ipynb #2151bcdd
 @patch
 @torch.no_grad()
 def fill(self:Steps):
@@ -127,7 +127,9 @@ def fill(self:Steps):
     for f in self.tfms: x = f(x)
     x = x.view(self.n_ahead, self.bs, *x.shape[1:])
     y = self.digits.labels[idxs].long().view(self.n_ahead, self.bs)
-    if self.x is None: self.x,self.y = torch.empty_like(x),torch.empty_like(y)
+    if self.x is None:
+        self.x = torch.empty_like(x)
+        self.y = torch.empty_like(y)
     self.x.copy_(x)
     self.y.copy_(y)
 

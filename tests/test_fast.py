@@ -156,10 +156,19 @@ class LateRate(Callback):
     order = 70 # after `FastEpoch`
     def before_train(self): self.opt.set_hyper('lr', 1/128)
 
+class JudgesAnother(Callback):
+    "Has another model evaluated, as a mean of weights would be"
+    order = 0
+    def before_validate(self):
+        self.trained = self.learn.model
+        self.learn.model = copy.deepcopy(self.trained)
+        for p in self.learn.model.parameters(): p.data *= 0.9
+    def after_validate(self): self.learn.model = self.trained
+
 @pytest.mark.filterwarnings('ignore:You are shadowing') # `ActivationStats` does
 @pytest.mark.parametrize('cbs,want', [
     (partial(SaveModelCallback, every_epoch=True, with_opt=True), 'fast'), (BnFreeze, 'fast'),
-    (MCDropoutCallback, 'fast'), (SkipsParts, 'fast'), (LateRate, 'plain'),
+    (MCDropoutCallback, 'fast'), (SkipsParts, 'fast'), (JudgesAnother, 'fast'), (LateRate, 'plain'),
     (partial(ParamScheduler, {'lr': SchedCos(0.1, 0.01), 'mom': SchedLin(0.5, 0.9)}), 'fast'),
     (partial(ParamScheduler, {'wd': SchedLin(0., 0.1)}), 'plain'), (ActivationStats, 'plain'),
     (partial(ShortEpochCallback, 0.5), 'plain'), (partial(MixedPrecision, 'fp16'), 'plain'),

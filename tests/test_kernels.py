@@ -8,7 +8,7 @@ from hypothesis import given, Phase, settings, strategies as st
 from torch import nn
 from mnist_block3 import kernels
 from mnist_block3.augment import crop_rotate, distort, uniform_amounts
-from mnist_block3.kernels import Run, fuse, why_no_kernels
+from mnist_block3.kernels import Run, fuse, kernel_threads, why_no_kernels
 from mnist_block3.model import Block3
 
 slow = pytest.mark.slow
@@ -567,3 +567,13 @@ def test_a_model_that_replaces_its_parts_stays_as_it_was():
     mean,seen = model.mean, model.seen
     assert fuse(model) is model
     assert model.mean is mean and model.seen is seen and not mean.any() and seen == []
+
+
+def test_pytorch_keeps_its_threads_where_it_does_convolutions():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with kernel_threads(fuse(Block3())): assert torch.get_num_threads() == 1
+        with kernel_threads(fuse(nn.Sequential(Block3(), nn.Conv2d(10, 4, 1, stride=2)))): assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 3
+    finally: torch.set_num_threads(before)
