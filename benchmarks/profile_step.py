@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from torch.profiler import profile, ProfilerActivity, record_function
 from mnist_block3.all import *
-from mnist_block3.data import DigitDL
+from mnist_block3.data import ImagesDL
 from mnist_block3.run import run_environment
 from bench import here, start
 
@@ -82,8 +82,8 @@ def main():
     p.add_argument('--n_steps', type=int, default=200, help='steps to profile')
     p.add_argument('--out', type=Path, default=here.parent/'nbs'/'results'/'speed'/'profile-cpu.json')
     args = p.parse_args()
-    old_iter = DigitDL.__iter__
-    DigitDL.__iter__ = lambda self: named_batches(old_iter(self))
+    old_iter = ImagesDL.__iter__
+    ImagesDL.__iter__ = lambda self: named_batches(old_iter(self))
     ways = [profile_way(fast, args.n_steps) for fast in (False, True)]
     for way in ways:
         print(f'\n{way["way"]} ({way["engine"]}): {way["step_ms"]:.1f} ms a step, '

@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from accelerate import PartialState
 from fastai.distributed import DistributedTrainer, teardown_distrib
-from .data import DigitDL
+from .data import ImagesDL
 
 # %% ../nbs/13_distributed.ipynb #2053d82a
 def join_processes(
@@ -63,7 +63,7 @@ class DataParallelTrainer(DistributedTrainer):
         super().before_fit()
 
     def _wrap_dl(self, dl):
-        if not isinstance(dl, DigitDL):
+        if not isinstance(dl, ImagesDL):
             raise ValueError(f'{type(dl).__name__}: data-parallel training takes the loaders of mnist_dls')
         dl.shard = self.accelerator.process_index,self.accelerator.num_processes
         return dl
@@ -103,7 +103,7 @@ class DataParallelTrainer(DistributedTrainer):
         distributed.all_reduce(self.learn.loss)
         self._put_together()
 
-    def after_train(self): self.dl.shard = DigitDL.shard
+    def after_train(self): self.dl.shard = ImagesDL.shard
     after_validate = after_train
 
     def after_fit(self):
@@ -113,7 +113,7 @@ class DataParallelTrainer(DistributedTrainer):
             trained = self.model.get_submodule(name)
             bn.load_state_dict(trained.state_dict()) # the statistics; the weights are the same tensors
             self.model.set_submodule(name, bn)
-        for dl in self.dls: dl.shard = DigitDL.shard
+        for dl in self.dls: dl.shard = ImagesDL.shard
 
 # %% ../nbs/13_distributed.ipynb #3c71c8d9
 @patch

@@ -49,7 +49,7 @@ def plot_mistakes(
     learn:Learner, # A trained learner
     n:int=12, # How many mistakes to show
     ncols:int=6, # Images a row
-    dl=None, # Evaluation `DataLoader` over `Digits`; `None`: `learn.dls.valid`
+    dl=None, # Evaluation `DataLoader` over `Images`; `None`: `learn.dls.valid`
 ) -> Figure: # Each image under truth, prediction and its probability
     "The most confident mistakes of `learn`"
     if dl is None: dl = learn.dls.valid

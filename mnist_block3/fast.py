@@ -22,7 +22,7 @@ from fastai.metrics import accuracy, AccumMetric, error_rate
 from fastai.optimizer import OptimWrapper
 from fastai.vision.augment import RandTransform
 from fastprogress.fastprogress import ConsoleMasterBar
-from .data import DigitDL
+from .data import ImagesDL
 from .kernels import fixed, fuse, kernel_threads, why_no_kernels
 from .steps import Steps
 
@@ -87,9 +87,9 @@ def _why_not_model(model):
 # %% ../nbs/09_fast.ipynb #722815ea
 def _why_not_dl(dl):
     "Why the loader `dl` needs fastai's loop, or `None`"
-    if type(dl) is not DigitDL or not dl.resident or dl.n_inp != 1 or len(dl.dataset.tls) != 2:
+    if type(dl) is not ImagesDL or not dl.resident or dl.n_inp != 1 or len(dl.dataset.tls) != 2:
         return f'{type(dl).__name__} does not take whole batches by index'
-    if dl.shard != DigitDL.shard: return 'several processes share each batch'
+    if dl.shard != ImagesDL.shard: return 'several processes share each batch'
     own = (set(dl._methods) - {'after_item','before_batch','after_batch'}) & set(vars(dl))
     if own: return f'the loader has a {", ".join(sorted(own))} of its own'
     if not len(dl): return 'there are no batches'

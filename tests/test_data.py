@@ -1,4 +1,4 @@
-"Digits against torchvision's reader; what a loader owes to fastai; what damaged input gets"
+"Images against torchvision's reader; what a loader owes to fastai; what damaged input gets"
 import gzip, struct, subprocess, sys
 import numpy as np, pytest, torch
 from fastai.data.transforms import get_image_files
@@ -6,7 +6,7 @@ from PIL import Image
 from scipy.stats import binomtest, kstest, norm
 from torchvision.datasets import MNIST
 from mnist_block3 import data
-from mnist_block3.data import CropRotate, Distort, get_digits, load_digits, mnist_dls, mnist_path, mnist_sha256
+from mnist_block3.data import CropRotate, Distort, get_images, load_digits, mnist_dls, mnist_path, mnist_sha256
 from mnist_block3.picture import picture_files
 from fastai.vision.core import PILImageBW
 
@@ -76,7 +76,7 @@ def test_reading_a_picture_imports_neither_torch_nor_fastai():
 
 @pytest.mark.parametrize('valid,n_train', [('test', 60_000), ('holdout', 50_000), ('reference', 60_000)])
 def test_protocols(mnist, at_hand, valid, n_train):
-    digits = get_digits(valid=valid)
+    digits = get_images(valid=valid)
     train,test = mnist
     evaluated = {'test': test.images, 'holdout': train.images[-10_000:], 'reference': train.images}[valid]
     assert torch.equal(digits[digits.splits[0]].images, train.images[:n_train])

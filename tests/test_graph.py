@@ -9,7 +9,7 @@ from recorder import install
 from mnist_block3.all import (
     Block3, block3_learner, Callback, Checkpoint, CropRotate, CrossEntropyLossFlat, Distort, history, mnist_dls,
     ProgressCallback, set_seed)
-from mnist_block3.data import Digits
+from mnist_block3.data import Images
 from mnist_block3.kernels import PythonState
 from mnist_block3.steps import Steps
 
@@ -138,7 +138,7 @@ def test_graph_has_no_tensor_of_the_cpu(monkeypatch, tfm, sched_mom):
     "The backward pass needs a real device"
     with FakeTensorMode(), torch.device('cuda:0'):
         model = Block3()
-        digits = Digits(torch.zeros(200, 28, 28, dtype=torch.uint8), torch.zeros(200, dtype=torch.uint8))
+        digits = Images(torch.zeros(200, 28, 28, dtype=torch.uint8), torch.zeros(200, dtype=torch.uint8))
         opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True)
         def to_float(x): return x.float()/255
         steps = Steps(model, nn.NLLLoss(), [to_float, tfm.augment], digits, opt, n=150, bs=64, sched_mom=sched_mom)
