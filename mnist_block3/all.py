@@ -11,12 +11,14 @@ with warnings.catch_warnings():
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai calls it as it is imported
     from fastai.vision.all import *
 
-# %% ../nbs/19_all.ipynb #54345c20
+# %% ../nbs/19_all.ipynb #a57fbfc7
 from .basics import *
 from .settings import *
 from .picture import *
 from .augment import *
+from .sources import *
 from .data import *
+from .images import *
 from .model import *
 from .fast import FastEpoch
 from .learner import *

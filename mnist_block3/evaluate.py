@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['plot_history', 'mistakes', 'plot_mistakes', 'block_report']
 
-# %% ../nbs/12_evaluate.ipynb #40fa2a2d
+# %% ../nbs/12_evaluate.ipynb #8ea03efb
 import math
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 import pandas as pd
@@ -31,7 +32,7 @@ def plot_history(
     axs[0,0].xaxis.set_major_locator(MaxNLocator(integer=True))
     return fig
 
-# %% ../nbs/12_evaluate.ipynb #09aa85ca
+# %% ../nbs/12_evaluate.ipynb #4afe49f2
 def mistakes(
     learn:Learner, # A trained learner
     dl=None, # Evaluation `DataLoader`; `None`: `learn.dls.valid`
@@ -39,12 +40,13 @@ def mistakes(
     "The images of `dl` that `learn` gets wrong, the most confident mistakes first"
     if dl is None: dl = learn.dls.valid
     probs,targs = [t.numpy() for t in learn.get_preds(dl=dl)]
-    df = pd.DataFrame(dict(truth=targs, prediction=probs.argmax(1), probability=probs.max(1)))
+    names = np.array(learn.dls.vocab)
+    df = pd.DataFrame(dict(truth=names[targs], prediction=names[probs.argmax(1)], probability=probs.max(1)))
     df['probability_of_truth'] = probs[df.index, targs]
     wrong = df[df.truth != df.prediction].rename_axis('index').reset_index()
     return wrong.sort_values('probability', ascending=False, ignore_index=True)
 
-# %% ../nbs/12_evaluate.ipynb #dbf1550c
+# %% ../nbs/12_evaluate.ipynb #f4d0f92d
 def plot_mistakes(
     learn:Learner, # A trained learner
     n:int=12, # How many mistakes to show
@@ -58,8 +60,8 @@ def plot_mistakes(
     fig,axs = plt.subplots(nrows, ncols, figsize=(1.5*ncols, 1.9*nrows), squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for ax,row in zip(axs.flat, rows.itertuples()):
-        ax.imshow(dl.dataset.items[row.index][0].cpu(), cmap='gray')
-        ax.set_title(f'{row.truth}, read as {row.prediction}\n({100*row.probability:.0f} %)', fontsize=9)
+        ax.imshow(dl.dataset.tls[0][row.index], cmap='gray')
+        ax.set_title(f'{row.truth}, taken for {row.prediction}\n({100*row.probability:.0f} %)', fontsize=9)
     return fig
 
 # %% ../nbs/12_evaluate.ipynb #02a13842
@@ -79,10 +81,10 @@ def _swing(accuracy):
     return (f'Over the last {len(tail)} epochs the accuracy moves between {_percent(tail.min())} and '
             f'{_percent(tail.max())}, a swing of {100*(tail.max() - tail.min()):.2f} points')
 
-# %% ../nbs/12_evaluate.ipynb #9ac0b979
+# %% ../nbs/12_evaluate.ipynb #9c11071d
 def block_report(
     history:pd.DataFrame, # From `history`
-    target:float=0.994, # Accuracy to reach, in 0–1; `None`: the run has no target
+    target:float=None, # Accuracy to reach, in 0–1, as the student's 0.994; `None`: the run has no target
     by_epoch:int=15, # Epoch before which to reach it
     measured:str='evaluation accuracy', # Name of the accuracy; 'test accuracy' only where `valid='test'`
 ) -> str: # Markdown

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NLLLossFlat', 'TorchSGD', 'StepDecay', 'History', 'history', 'Block3Learner', 'block3_learner', 'PreciseBN']
 
-# %% ../nbs/11_learner.ipynb #5f2336ce
-import time
+# %% ../nbs/11_learner.ipynb #b003fb04
+import math, time, warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -22,16 +22,18 @@ from fastcore.meta import delegates, use_kwargs_dict
 from fastai.callback.core import Callback
 from fastai.callback.schedule import combine_scheds, LRFinder, ParamScheduler, SchedLin
 from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.transforms import get_c
 from fastai.learner import Learner
-from fastai.losses import BaseLoss
+from fastai.losses import BaseLoss, CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model
 from fastai.vision.augment import RandTransform
-from .data import Distort
+from .data import Distort, Mirror
 from .fast import FastEpoch
 from .kernels import fuse, kernel_threads
 from .model import Block3
+from .picture import PictureSpec
 from .settings import recipe_epochs, reference_settings, tuned_settings
 # for what they add to fastai: progress bars, and images in `show_results` and `plot_top_losses`
 import fastai.callback.progress, fastai.vision.learner
@@ -80,7 +82,7 @@ class StepDecay(Callback):
     def after_fit(self):
         if self.recorder.lrs: self.recorder.hps = {'lr': self.recorder.lrs} # for `plot_sched`
 
-# %% ../nbs/11_learner.ipynb #7c513027
+# %% ../nbs/11_learner.ipynb #5d68505d
 class History(Callback):
     "Keep a row for each epoch of the last fit"
     order = 51 # after `Recorder`
@@ -104,7 +106,9 @@ class History(Callback):
         self.n_seen = n_seen
 
     def after_epoch(self):
-        if self.trained: self.rows.append(self._row())
+        if self.trained:
+            self.rows.append(self._row())
+            if why := _why_useless(self.rows[-1].get('train_loss', 0.), self.loss_func): warnings.warn(why)
         self.trained = False
 
 # %% ../nbs/11_learner.ipynb #8b40d6f2
@@ -112,6 +116,13 @@ def _rows_until(epoch, rows):
     "The rows of the first `epoch` epochs, or none where the last of these is missing"
     rows = [row for row in rows if row['epoch'] <= epoch]
     return rows if rows and rows[-1]['epoch'] == epoch else []
+
+# %% ../nbs/11_learner.ipynb #b5c15209
+def _why_useless(loss, loss_func):
+    "Why a training loss of this value trains nothing, or `None`"
+    if math.isnan(loss): return 'The training loss is NaN: try a lower learning rate'
+    if loss < 0 and isinstance(loss_func, NLLLossFlat):
+        return f'The training loss is {loss:.2g}, below 0: NLLLossFlat needs log-probabilities, not scores'
 
 # %% ../nbs/11_learner.ipynb #a9b2dc5e
 @patch
@@ -170,16 +181,37 @@ def _leaving_autocast(learn):
         if is_on() and not before: learn.mixed_precision.autocast.__exit__(None, None, None)
         raise
 
-# %% ../nbs/11_learner.ipynb #b1fd2942
+# %% ../nbs/11_learner.ipynb #bb3650fb
+def _sizes(dls):
+    "Channels, height and number of classes of `dls`"
+    spec = getattr(dls, 'spec', None)
+    if spec: return spec.n_in, spec.size, len(spec.vocab)
+    with torch.random.fork_rng(devices=[]): x = next(iter(dls.valid))[0]
+    return x.shape[1], x.shape[-1], get_c(dls) or 10
+
+@torch.no_grad()
+def _fitting_loss(model, n_in, size, n_out):
+    "The loss for the outputs of `model`; raises `ValueError` where it does not take the images or give the classes"
+    x = torch.rand(2, n_in, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=[]):
+        try: pred = _copied(model).cpu().eval()(x)
+        except RuntimeError as e:
+            raise ValueError(f'The network does not take images of {n_in}×{size}×{size}: {e}') from e
+    if pred.shape != (2, n_out):
+        raise ValueError(f'The network gives {tuple(pred.shape[1:])} numbers for an image; there are {n_out} classes')
+    is_log = torch.allclose(pred.exp().sum(1), torch.ones(2), atol=1e-4)
+    return NLLLossFlat() if is_log else CrossEntropyLossFlat()
+
+# %% ../nbs/11_learner.ipynb #af9b146c
 @delegates(Learner, but='default_cbs')
 def block3_learner(
-    dls:DataLoaders, # Of images (N, 1, 28, 28) and labels (N,)
-    model:nn.Module=None, # Returns log-probabilities (N, 10); `None`: a new `Block3`
+    dls:DataLoaders, # Of images (N, C, H, W) and labels (N,)
+    model:nn.Module=None, # Returns log-probabilities or scores (N, classes); `None`: the `Block3` that fits
     lr:float=0.02, # Learning rate
     mom:float=0.8, # Momentum
     step_size:int=15, # Epochs between two steps of the learning rate
     gamma:float=0.1, # Factor of each step
-    loss_func=None, # `None`: `NLLLossFlat`
+    loss_func=None, # `None`: `NLLLossFlat` for log-probabilities, `CrossEntropyLossFlat` for scores
     opt_func=None, # `None`: `TorchSGD` with momentum `mom`
     metrics=accuracy, # Metrics of the evaluation
     cbs=None, # More callbacks
@@ -189,11 +221,16 @@ def block3_learner(
 ) -> Learner: # On the device of `dls`
     "A `Learner` whose plain `fit(15)` is the student's schedule: SGD, and `StepLR` once an epoch"
     reference_settings(lr, mom, step_size, gamma) # which checks them
-    if model is None: model = Block3(pretrained)
+    if model is None:
+        n_in,size,n_out = _sizes(dls)
+        model = Block3(pretrained, n_in=n_in, n_out=n_out, size=size)
+        if loss_func is None: loss_func = NLLLossFlat()
     elif pretrained: raise ValueError('pretrained=True: this is for a new `Block3`, but a model was given')
+    elif loss_func is None: loss_func = _fitting_loss(model, *_sizes(dls))
+    if spec := getattr(dls, 'spec', None): model.spec = spec # for predictions and exports
     if opt_func is None: opt_func = partial(TorchSGD, momentum=mom)
     cbs = [StepDecay(step_size, gamma), History(), FastEpoch(fast), *L(cbs)]
-    return Block3Learner(dls, model, loss_func=loss_func or NLLLossFlat(), opt_func=opt_func, lr=lr,
+    return Block3Learner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr,
                          metrics=metrics, cbs=cbs, **kwargs)
 
 # %% ../nbs/11_learner.ipynb #500137f0
@@ -242,14 +279,20 @@ def _copied(model):
     hooks = [getattr(m, name) for m in model.modules() for name in names]
     return deepcopy(model, memo={id(h): h for h in hooks})
 
-# %% ../nbs/11_learner.ipynb #127d1392
+# %% ../nbs/11_learner.ipynb #fc299e1d
+def _augmentation(dls, aug, elastic):
+    "The random transforms of `fit_tuned`: `Distort`, and a `Mirror` that `dls` has"
+    mirrors = dls.train.after_batch.fs.filter(lambda tfm: isinstance(tfm, Mirror))
+    spec = getattr(dls, 'spec', None) or PictureSpec()
+    return mirrors + L(Distort(elastic=elastic, strength=aug, pad_mode=spec.pad_mode))
+
 def _tuned_changes(learn, mom, wd, nesterov, drop, aug, elastic, **kwargs):
     "What `fit_tuned` changes for its fit, for `_changed`"
     options = dict(momentum=mom, weight_decay=wd, nesterov=nesterov)
     changes = [(group, options) for group in _sgd_groups(learn.opt)]
     changes += [(vars(m), dict(p=drop)) for m in _dropouts(learn.model)]
     if aug:
-        tfms = _fixed_tfms(learn.dls.train) + L(Distort(elastic=elastic, strength=aug))
+        tfms = _fixed_tfms(learn.dls.train) + _augmentation(learn.dls, aug, elastic)
         changes.append((vars(learn.dls.train.after_batch), dict(fs=tfms.sorted('order'))))
     return changes
 

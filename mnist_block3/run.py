@@ -6,7 +6,7 @@
 __all__ = ['run_files', 'default_run_dir', 'new_run_dir', 'run_environment', 'EpochLines', 'JudgeAlso', 'train_run',
            'read_settings', 'resume_run']
 
-# %% ../nbs/15_run.ipynb #3188c542
+# %% ../nbs/15_run.ipynb #0238aaae
 import hashlib, io, json, math, os, platform, time
 from contextlib import nullcontext
 from datetime import datetime, timezone
@@ -15,18 +15,18 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from safetensors.torch import save
-
 from fastcore.meta import delegates
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import num_distrib, rank_distrib, set_seed
+from fastai.torch_core import get_model, num_distrib, rank_distrib, set_seed
 from . import __version__
 from .basics import check_count, locked, package_path, write_whole
 from .checkpoint import Checkpoint
 from .data import get_device, mnist_dls
 from .evaluate import plot_history
+from .images import image_dls
 from .learner import block3_learner, history
+from .model import safetensors_bytes
 from .settings import recipe_settings, run_settings
 
 # %% ../nbs/15_run.ipynb #ea4e1e76
@@ -82,13 +82,12 @@ def _results(rows):
     return dict(accuracy=correct/total, loss=loss, correct=correct, total=total, best_epoch=int(best.epoch),
                 best_accuracy=int(best.correct)/total, train_seconds=float(rows.seconds.sum()))
 
-# %% ../nbs/15_run.ipynb #3f7086c1
+# %% ../nbs/15_run.ipynb #7fd0c9fb
 def _save_run(learn, folder, evaluated_on, **summary):
     "Write history, weights, plots and, at last, the summary of a trained `learn` into `folder`"
     rows = history(learn)
     write_whole(folder/'history.csv', rows.to_csv(index=False).encode())
-    weights = {k: v.cpu().contiguous() for k,v in learn.model.state_dict().items()}
-    write_whole(folder/'weights.safetensors', save(weights))
+    write_whole(folder/'weights.safetensors', safetensors_bytes(get_model(learn.model)))
     png = io.BytesIO()
     fig = plot_history(rows, evaluated_on)
     fig.savefig(png, dpi=120)
@@ -155,13 +154,19 @@ def _new_folder(out):
     from mnist_block3.distributed import from_first
     return from_first(None if rank_distrib() else new_run_dir(out))
 
-# %% ../nbs/15_run.ipynb #25f7a2e1
+# %% ../nbs/15_run.ipynb #90aa19f5
+def _loaders(run):
+    "The `DataLoaders` of a data set in MNIST's form, or of other pictures"
+    options = {k: run[k] for k in ('bs', 'valid', 'device', 'n_train')}
+    if run['size'] is None: return mnist_dls(run['source'], **options)
+    return image_dls(run['source'], run['size'], resize=run['resize'], flip=run['flip'], **options)
+
 def _learner(run):
     "A learner as the settings `run` have it, in all processes of a launcher"
     _join(run['device'])
     set_seed(run['seed'])
     torch.backends.cudnn.deterministic = run['reproducible']
-    dls = mnist_dls(**{k: run[k] for k in ('source', 'bs', 'valid', 'device', 'n_train')})
+    dls = _loaders(run)
     recipe = _recipe(run) if run['recipe'] == 'reference' else {}
     learn = block3_learner(dls, fast=run['fast'], **recipe)
     return learn.to_bf16() if run['bf16'] else learn
@@ -211,7 +216,7 @@ def train_run(
     _finish(learn, folder, about, bar)
     return learn, folder
 
-# %% ../nbs/15_run.ipynb #efcf3349
+# %% ../nbs/15_run.ipynb #33ac099d
 def read_settings(
     folder:Path, # A run folder
 ) -> dict: # `settings`, `began`, `versions`, `machine`
@@ -220,7 +225,7 @@ def read_settings(
     if not file.is_file(): raise ValueError(f'{folder} is no run folder: it has no settings.json')
     try:
         about = json.loads(file.read_bytes())
-        run_settings(**about['settings'])
+        about['settings'] = run_settings(**about['settings'])
         check_count(threads=about['machine']['threads'])
         return {k: about[k] for k in ('settings', 'began', 'versions', 'machine')}
     except FileNotFoundError: raise # the source of the images is gone

@@ -65,14 +65,14 @@ class SGDGroup:
         if used: sgd_step(*map(list, zip(*used)), lr, self.mom if mom is None else mom, self.wd, self.nesterov)
         for p in self.params: p.grad = None
 
-# %% ../nbs/09_steps.ipynb #4978382a
+# %% ../nbs/09_steps.ipynb #98ac5893
 class Steps:
     "The training steps of an epoch on one device"
     def __init__(self,
         model:nn.Module, # In training mode
         loss_func, # Mean loss of a batch
-        tfms:list, # Functions of image tensors (B, 1, H, W); B is the number of images in several batches
-        digits, # Has `images`, uint8 (N, H, W), and `labels` (N,), on the device of `model`
+        tfms:list, # Functions of image tensors (B, C, H, W); B is the number of images in several batches
+        data, # `Images`, on the device of `model`
         opt:torch.optim.SGD, # Over the weights of `model`
         n:int, # Images an epoch
         bs:int, # Images a step
@@ -94,7 +94,7 @@ class Steps:
         "How the steps run: 'graph', 'kernels' or 'eager'"
         return 'graph' if self.graph else 'eager' if self.fused is self.model else 'kernels'
 
-# %% ../nbs/09_steps.ipynb #2df0e179
+# %% ../nbs/09_steps.ipynb #2e11fc85
 images_ahead = dict(cpu=256, cuda=2048) # images prepared at once; on a CPU more do not fit into a core's cache
 
 @patch
@@ -115,18 +115,18 @@ def _allocate(self:Steps, n, drop_last):
     self.moms = torch.zeros_like(self.lrs)
 
 @patch(as_prop=True)
-def device(self:Steps): return self.digits.images.device
+def device(self:Steps): return self.data.images.device
 
-# %% ../nbs/09_steps.ipynb #2151bcdd
+# %% ../nbs/09_steps.ipynb #30fbeb9f
 @patch
 @torch.no_grad()
 def fill(self:Steps):
     "Prepare images and labels of the next `n_ahead` steps"
     idxs = self.order.index_select(0, self.at//self.n_ahead)[0]
-    x = self.digits.images[idxs][:,None]
+    x,y = self.data.batch(idxs)
     for f in self.tfms: x = f(x)
     x = x.view(self.n_ahead, self.bs, *x.shape[1:])
-    y = self.digits.labels[idxs].long().view(self.n_ahead, self.bs)
+    y = y.view(self.n_ahead, self.bs)
     if self.x is None:
         self.x = torch.empty_like(x)
         self.y = torch.empty_like(y)

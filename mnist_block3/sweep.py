@@ -37,7 +37,7 @@ def sweep_grid(
     return [run_settings(recipe=recipe, seed=seed, **kwargs | choice)
             for seed in seeds for recipe in recipes for choice in choices]
 
-# %% ../nbs/16_sweep.ipynb #25910220
+# %% ../nbs/16_sweep.ipynb #ed4a40bd
 _named = 'recipe','seed','epochs','valid','bs','n_train','source','bf16','fast'
 
 def _name_value(v):
@@ -51,6 +51,7 @@ def run_name(
     "The name of a run, made from its settings"
     values = [_name_value(run[k]) for k in (*_named, *recipe_settings(run['recipe']))]
     if run.get('reproducible') in (True, 'True'): values.append('reproducible')
+    if size := _name_value(run.get('size')): values += [size, run['resize'], str(run['flip'])]
     return hashlib.sha1(json.dumps(values).encode()).hexdigest()[:8]
 
 # %% ../nbs/16_sweep.ipynb #3ef35a87

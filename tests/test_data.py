@@ -5,8 +5,9 @@ from fastai.data.transforms import get_image_files
 from PIL import Image
 from scipy.stats import binomtest, kstest, norm
 from torchvision.datasets import MNIST
-from mnist_block3 import data
-from mnist_block3.data import CropRotate, Distort, get_images, load_digits, mnist_dls, mnist_path, mnist_sha256
+from mnist_block3 import data, sources
+from mnist_block3.data import CropRotate, Distort, get_images, mnist_dls
+from mnist_block3.sources import load_digits, mnist_path, mnist_sha256
 from mnist_block3.picture import picture_files
 from fastai.vision.core import PILImageBW
 
@@ -171,7 +172,7 @@ def test_missing_sources(tmp_path):
 
 
 def test_damaged_bundled_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'mnist_path', tmp_path)
+    monkeypatch.setattr(sources, 'mnist_path', tmp_path)
     for path in mnist_path.glob('*.gz'):
         raw = bytearray(path.read_bytes())
         raw[4] ^= 1 # gzip's time stamp: the digits would still be right
