@@ -109,7 +109,7 @@ def deal_splits(
     if missing: raise ValueError(f'The class {min(missing)!r} has no training pictures')
     return train.tolist(), table.index[table.split == evaluated].tolist()
 
-# %% ../nbs/06_images.ipynb #0a9e396f
+# %% ../nbs/06_images.ipynb #7a0be807
 def _read(spec, path):
     "The pixels of a picture, or the error that says why there are none"
     try: pixels = spec.read(path)
@@ -121,15 +121,15 @@ def read_pictures(
     spec:PictureSpec, # How to prepare them
     bs:int=500, # Pictures at once
 ) -> tuple[torch.Tensor,dict]: # uint8 (N, C, size, size), and errors by place in `paths`
-    "Read pictures in parallel, with a progress bar"
+    "Read pictures in parallel, with a progress bar where there are many"
     images = torch.zeros(len(paths), spec.n_in, spec.size, spec.size, dtype=torch.uint8)
     errors = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in progress_bar(range(0, len(paths), bs), leave=False):
+        for start in progress_bar(range(0, len(paths), bs), display=len(paths) > 2000, leave=False):
             results = pool.map(lambda path: _read(spec, path), paths[start:start+bs])
             for i,result in enumerate(results, start):
                 if isinstance(result, Exception): errors[i] = result
-                else: images[i] = torch.from_numpy(result.copy())
+                else: images[i] = torch.from_numpy(result)
     return images, errors
 
 # %% ../nbs/06_images.ipynb #f5fd9d0c

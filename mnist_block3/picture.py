@@ -282,7 +282,7 @@ def _squared(im, size, resize):
     pads = (-top, side - im.height + top), (-left, side - im.width + left), (0, 0)
     return Image.fromarray(np.pad(np.asarray(im), pads[:2 if im.mode == 'L' else 3], 'reflect'))
 
-# %% ../nbs/02_picture.ipynb #b3e1dc08
+# %% ../nbs/02_picture.ipynb #915acc9d
 def resized_picture(
     image:Image.Image|str|Path, # A picture with 8 bits a channel, or its path
     size:int, # Height and width in pixels
@@ -292,7 +292,7 @@ def resized_picture(
     "A picture of `size`×`size` pixels; raises `FileNotFoundError`, or `ValueError` for one that cannot be read"
     with opened_picture(image) as im:
         im = _squared(_eight_bits(im, colour), size, resize).resize((size,size), Image.BILINEAR)
-    return np.asarray(im).reshape(size, size, -1).transpose(2, 0, 1)
+    return np.array(im).reshape(size, size, -1).transpose(2, 0, 1)
 
 # %% ../nbs/02_picture.ipynb #8b8ccec2
 @dataclass(frozen=True)
