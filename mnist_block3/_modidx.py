@@ -15,6 +15,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mnist_block3.basics._is_real': ('basics.html#_is_real', 'mnist_block3/basics.py'),
                                      'mnist_block3.basics.check_choice': ('basics.html#check_choice', 'mnist_block3/basics.py'),
                                      'mnist_block3.basics.locked': ('basics.html#locked', 'mnist_block3/basics.py'),
+                                     'mnist_block3.basics.times': ('basics.html#times', 'mnist_block3/basics.py'),
                                      'mnist_block3.basics.write_whole': ('basics.html#write_whole', 'mnist_block3/basics.py')},
             'mnist_block3.checkpoint': { 'mnist_block3.checkpoint.Checkpoint': ('checkpoint.html#checkpoint', 'mnist_block3/checkpoint.py'),
                                          'mnist_block3.checkpoint.Checkpoint.__init__': ( 'checkpoint.html#checkpoint.__init__',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_count', 'check_size', 'check_seed', 'check_flag', 'check_rate', 'check_amount', 'check_share', 'package_path',
-           'check_choice', 'write_whole', 'locked']
+           'check_choice', 'times', 'write_whole', 'locked']
 
 # %% ../nbs/00_basics.ipynb #e0a578a6
 import math, os
@@ -44,6 +44,13 @@ def _is_real(v): return isinstance(v, Real) and not isinstance(v, bool)
 check_rate = partial(_check, lambda v: _is_real(v) and 0 < v < math.inf, 'a number above 0')
 check_amount = partial(_check, lambda v: _is_real(v) and 0 <= v < math.inf, 'a number from 0 on')
 check_share = partial(_check, lambda v: _is_real(v) and 0 <= v < 1, 'at least 0 and below 1')
+
+# %% ../nbs/00_basics.ipynb #3991cb13
+def times(
+    dims, # Whole numbers
+) -> str: # As `1×28×28`
+    "`dims` with a cross between them"
+    return '×'.join(map(str, dims))
 
 # %% ../nbs/00_basics.ipynb #4b1b404a
 package_path = Path(str(files('mnist_block3')))

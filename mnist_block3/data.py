@@ -6,7 +6,7 @@
 __all__ = ['n_holdout', 'get_images', 'PreparedImage', 'KnownCategory', 'ImagesDL', 'CropRotate', 'Distort', 'Mirror',
            'image_block', 'mnist_block', 'get_device', 'mnist_dls']
 
-# %% ../nbs/05_data.ipynb #4db53e78
+# %% ../nbs/05_data.ipynb #aadd73dc
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -26,7 +26,7 @@ from fastai.torch_core import default_device, TensorCategory, TensorImage, Tenso
 from fastai.vision.augment import RandTransform
 from fastai.vision.core import PILImage, PILImageBW
 from .augment import crop_rotate, distort, uniform_amounts
-from .basics import check_choice, check_count
+from .basics import check_choice, check_count, times
 from .picture import PictureSpec
 from .settings import protocols
 from .sources import Images, load_digits
@@ -65,7 +65,7 @@ def get_images(
     labels = torch.cat([train.labels, test.labels])
     return Images(images, labels, train.spec, (range(n), range(n, len(images))))
 
-# %% ../nbs/05_data.ipynb #59e17eb4
+# %% ../nbs/05_data.ipynb #8d72cadf
 class PreparedImage(Transform):
     "Make a `PILImage` of a picture by the spec of the data set, or of bytes as they are"
     input_types = object
@@ -81,9 +81,10 @@ class PreparedImage(Transform):
         if isinstance(item, (str, Path, Image.Image)): item = self.spec.read(item)
         item = torch.as_tensor(item)
         shape = self.spec.n_in, self.spec.size, self.spec.size
-        if item.dtype != torch.uint8 or item.shape not in [shape, shape[-3 + (shape[0] == 1):]]:
+        short = shape[1:] if shape[0] == 1 else shape
+        if item.dtype != torch.uint8 or item.shape not in (shape, short):
             got = f'{item.dtype} {tuple(item.shape)}'
-            raise ValueError(f'Expected a picture, or bytes (uint8) of the shape {shape}; got {got}')
+            raise ValueError(f'Expected a picture, or {times(short)} bytes (uint8); got {got}')
         pixels = item.cpu().reshape(shape).permute(1, 2, 0).numpy()
         return PILImageBW.create(pixels[...,0]) if shape[0] == 1 else PILImage.create(pixels)
 

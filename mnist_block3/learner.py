@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NLLLossFlat', 'TorchSGD', 'StepDecay', 'History', 'history', 'Block3Learner', 'block3_learner', 'PreciseBN']
 
-# %% ../nbs/11_learner.ipynb #b003fb04
+# %% ../nbs/11_learner.ipynb #42315f42
 import math, time, warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -29,6 +29,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model
 from fastai.vision.augment import RandTransform
+from .basics import times
 from .data import Distort, Mirror
 from .fast import FastEpoch
 from .kernels import fuse, kernel_threads
@@ -181,7 +182,7 @@ def _leaving_autocast(learn):
         if is_on() and not before: learn.mixed_precision.autocast.__exit__(None, None, None)
         raise
 
-# %% ../nbs/11_learner.ipynb #bb3650fb
+# %% ../nbs/11_learner.ipynb #648ba2d9
 def _sizes(dls):
     "Channels, height and number of classes of `dls`"
     spec = getattr(dls, 'spec', None)
@@ -189,16 +190,22 @@ def _sizes(dls):
     with torch.random.fork_rng(devices=[]): x = next(iter(dls.valid))[0]
     return x.shape[1], x.shape[-1], get_c(dls) or 10
 
+def _copied(model):
+    "A copy of `model` with the same hooks, since those of `ActivationStats` cannot always be copied"
+    names = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+    hooks = [getattr(m, name) for m in model.modules() for name in names]
+    return deepcopy(model, memo={id(h): h for h in hooks})
+
 @torch.no_grad()
 def _fitting_loss(model, n_in, size, n_out):
     "The loss for the outputs of `model`; raises `ValueError` where it does not take the images or give the classes"
     x = torch.rand(2, n_in, size, size, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]):
-        try: pred = _copied(model).cpu().eval()(x)
+        try: pred = _copied(model).cpu().float().eval()(x)
         except RuntimeError as e:
-            raise ValueError(f'The network does not take images of {n_in}×{size}×{size}: {e}') from e
+            raise ValueError(f'The network does not take images of {times([n_in, size, size])}: {e}') from e
     if pred.shape != (2, n_out):
-        raise ValueError(f'The network gives {tuple(pred.shape[1:])} numbers for an image; there are {n_out} classes')
+        raise ValueError(f'The network gives {times(pred.shape[1:])} numbers for an image, but there are {n_out} classes')
     is_log = torch.allclose(pred.exp().sum(1), torch.ones(2), atol=1e-4)
     return NLLLossFlat() if is_log else CrossEntropyLossFlat()
 
@@ -258,7 +265,7 @@ def _fixed_tfms(dl):
     raise ValueError(f'{type(dl).__name__} has no batch transforms to replace: '
                      'augment the data itself, and use aug=0')
 
-# %% ../nbs/11_learner.ipynb #88c9ce32
+# %% ../nbs/11_learner.ipynb #fed95c89
 class PreciseBN(Callback):
     "After the last step, recompute BatchNorm's statistics from all training images, without random changes"
     def after_train(self):
@@ -272,12 +279,6 @@ class PreciseBN(Callback):
         fused = fuse(twin) if kernels else twin
         with kernel_threads(fused): update_bn(dl, fused, next(twin.parameters()).device)
         model.load_state_dict(twin.state_dict())
-
-def _copied(model):
-    "A copy of `model` with the same hooks, since those of `ActivationStats` cannot always be copied"
-    names = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
-    hooks = [getattr(m, name) for m in model.modules() for name in names]
-    return deepcopy(model, memo={id(h): h for h in hooks})
 
 # %% ../nbs/11_learner.ipynb #fc299e1d
 def _augmentation(dls, aug, elastic):

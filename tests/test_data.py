@@ -102,7 +102,7 @@ def drawn(monkeypatch, tfm, func):
 
 
 def test_augmentation_draws_as_the_original_does(monkeypatch):
-    deg,scale = drawn(monkeypatch, CropRotate(), 'crop_rotate')
+    deg,scale,_ = drawn(monkeypatch, CropRotate(), 'crop_rotate')
     assert kstest(deg, 'uniform', (-5, 10)).pvalue > 0.01
     cropped = scale < 1
     assert set(scale.tolist()) == {1., np.float32(22/28)}
@@ -111,7 +111,7 @@ def test_augmentation_draws_as_the_original_does(monkeypatch):
 
 
 def test_distort_draws_as_it_says(monkeypatch):
-    deg,right,down,scale,arrows = drawn(monkeypatch, Distort(elastic=0.5, strength=2), 'distort')
+    deg,right,down,scale,arrows,_ = drawn(monkeypatch, Distort(elastic=0.5, strength=2), 'distort')
     for amounts,middle,limit in ((deg, 0, 16), (right, 0, 3), (down, 0, 3), (scale, 1, 0.16)):
         assert kstest(amounts, 'uniform', (middle - limit, 2*limit)).pvalue > 0.01
     assert arrows.shape == (5000, 2, 4, 4)
