@@ -109,12 +109,13 @@ def deal_splits(
     if missing: raise ValueError(f'The class {min(missing)!r} has no training pictures')
     return train.tolist(), table.index[table.split == evaluated].tolist()
 
-# %% ../nbs/06_images.ipynb #7a0be807
+# %% ../nbs/06_images.ipynb #32eab7b7
 def _read(spec, path):
     "The pixels of a picture, or the error that says why there are none"
     try: pixels = spec.read(path)
     except (OSError, ValueError) as e: return e
-    return pixels if pixels.min() < pixels.max() else ValueError(f'{path} is blank: all its pixels are the same')
+    if (pixels == pixels[:,:1,:1]).all(): return ValueError(f'{path} is blank: all its pixels are the same')
+    return pixels
 
 def read_pictures(
     paths:list, # Of pictures

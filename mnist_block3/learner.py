@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NLLLossFlat', 'TorchSGD', 'StepDecay', 'History', 'history', 'Block3Learner', 'block3_learner', 'PreciseBN']
 
-# %% ../nbs/11_learner.ipynb #42315f42
-import math, time, warnings
+# %% ../nbs/11_learner.ipynb #d291d2a7
+import math, time
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -29,7 +29,6 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model
 from fastai.vision.augment import RandTransform
-from .basics import times
 from .data import Distort, Mirror
 from .fast import FastEpoch
 from .kernels import fuse, kernel_threads
@@ -83,12 +82,14 @@ class StepDecay(Callback):
     def after_fit(self):
         if self.recorder.lrs: self.recorder.hps = {'lr': self.recorder.lrs} # for `plot_sched`
 
-# %% ../nbs/11_learner.ipynb #5d68505d
+# %% ../nbs/11_learner.ipynb #c2fdcf7f
 class History(Callback):
     "Keep a row for each epoch of the last fit"
     order = 51 # after `Recorder`
     def __init__(self): self.rows = []
-    def before_fit(self): self.trained = False
+    def before_fit(self):
+        self.trained = False
+        self.told = False
     def before_epoch(self): self.began = time.perf_counter()
 
     def before_train(self):
@@ -109,7 +110,7 @@ class History(Callback):
     def after_epoch(self):
         if self.trained:
             self.rows.append(self._row())
-            if why := _why_useless(self.rows[-1].get('train_loss', 0.), self.loss_func): warnings.warn(why)
+            self._tell_useless(self.rows[-1].get('train_loss', 0.))
         self.trained = False
 
 # %% ../nbs/11_learner.ipynb #8b40d6f2
@@ -118,12 +119,18 @@ def _rows_until(epoch, rows):
     rows = [row for row in rows if row['epoch'] <= epoch]
     return rows if rows and rows[-1]['epoch'] == epoch else []
 
-# %% ../nbs/11_learner.ipynb #b5c15209
+# %% ../nbs/11_learner.ipynb #c688830c
 def _why_useless(loss, loss_func):
     "Why a training loss of this value trains nothing, or `None`"
     if math.isnan(loss): return 'The training loss is NaN: try a lower learning rate'
     if loss < 0 and isinstance(loss_func, NLLLossFlat):
         return f'The training loss is {loss:.2g}, below 0: NLLLossFlat needs log-probabilities, not scores'
+
+@patch
+def _tell_useless(self:History, loss):
+    why = _why_useless(loss, self.loss_func)
+    if why and not self.told: print(why)
+    self.told = bool(why)
 
 # %% ../nbs/11_learner.ipynb #a9b2dc5e
 @patch
@@ -182,12 +189,16 @@ def _leaving_autocast(learn):
         if is_on() and not before: learn.mixed_precision.autocast.__exit__(None, None, None)
         raise
 
-# %% ../nbs/11_learner.ipynb #648ba2d9
+# %% ../nbs/11_learner.ipynb #16c38c9a
+def _some_images(dls):
+    "The first evaluation images of `dls`"
+    with torch.random.fork_rng([dls.device] if dls.device.type == 'cuda' else []): return next(iter(dls.valid))[0][:8]
+
 def _sizes(dls):
     "Channels, height and number of classes of `dls`"
     spec = getattr(dls, 'spec', None)
     if spec: return spec.n_in, spec.size, len(spec.vocab)
-    with torch.random.fork_rng(devices=[]): x = next(iter(dls.valid))[0]
+    x = _some_images(dls)
     return x.shape[1], x.shape[-1], get_c(dls) or 10
 
 def _copied(model):
@@ -197,19 +208,23 @@ def _copied(model):
     return deepcopy(model, memo={id(h): h for h in hooks})
 
 @torch.no_grad()
-def _fitting_loss(model, n_in, size, n_out):
-    "The loss for the outputs of `model`; raises `ValueError` where it does not take the images or give the classes"
-    x = torch.rand(2, n_in, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.random.fork_rng(devices=[]):
-        try: pred = _copied(model).cpu().float().eval()(x)
-        except RuntimeError as e:
-            raise ValueError(f'The network does not take images of {times([n_in, size, size])}: {e}') from e
-    if pred.shape != (2, n_out):
-        raise ValueError(f'The network gives {times(pred.shape[1:])} numbers for an image, but there are {n_out} classes')
-    is_log = torch.allclose(pred.exp().sum(1), torch.ones(2), atol=1e-4)
-    return NLLLossFlat() if is_log else CrossEntropyLossFlat()
+def _tried(model, dls):
+    "The outputs of `model` for some images, or `None` where it fails, as the fit will tell"
+    try:
+        twin = _copied(model).to(dls.device).eval()
+        with torch.random.fork_rng([dls.device] if dls.device.type == 'cuda' else []): return twin(_some_images(dls))
+    except Exception: return None
 
-# %% ../nbs/11_learner.ipynb #af9b146c
+# %% ../nbs/11_learner.ipynb #b3874025
+def _fitting_loss(pred, n_classes):
+    "The loss for the outputs `pred` of a network; raises `ValueError` where they are not one for each class"
+    if pred is None: return NLLLossFlat()
+    if pred.ndim == 2 and pred.shape[1] != n_classes:
+        raise ValueError(f'The network gives {pred.shape[1]} numbers for an image, but there are {n_classes} classes')
+    sums = pred.float().exp().sum(-1)
+    return NLLLossFlat() if torch.allclose(sums, torch.ones_like(sums), atol=1e-3) else CrossEntropyLossFlat()
+
+# %% ../nbs/11_learner.ipynb #a6e2749f
 @delegates(Learner, but='default_cbs')
 def block3_learner(
     dls:DataLoaders, # Of images (N, C, H, W) and labels (N,)
@@ -233,7 +248,7 @@ def block3_learner(
         model = Block3(pretrained, n_in=n_in, n_out=n_out, size=size)
         if loss_func is None: loss_func = NLLLossFlat()
     elif pretrained: raise ValueError('pretrained=True: this is for a new `Block3`, but a model was given')
-    elif loss_func is None: loss_func = _fitting_loss(model, *_sizes(dls))
+    elif loss_func is None: loss_func = _fitting_loss(_tried(model, dls), get_c(dls) or 10)
     if spec := getattr(dls, 'spec', None): model.spec = spec # for predictions and exports
     if opt_func is None: opt_func = partial(TorchSGD, momentum=mom)
     cbs = [StepDecay(step_size, gamma), History(), FastEpoch(fast), *L(cbs)]
