@@ -149,9 +149,11 @@ def _has(self:Study, run):
     return len(rows) > 0
 
 # %% ../nbs/16_sweep.ipynb #60b7e8a0
-def _setting_names(recipe): return (*_named[2:], 'reproducible', *recipe_settings(recipe))
+def _setting_names(recipe): return (*_named[2:], 'size', 'resize', 'flip', 'reproducible', *recipe_settings(recipe))
 
-def _is_unknown(k, v): return pd.isna(v) and k not in ('source', 'n_train') # an old run; in these two it is `None`
+def _is_unknown(k, v):
+    "Whether an old run did not record the setting `k`; three others may be `None`"
+    return pd.isna(v) and k not in ('source', 'n_train', 'size')
 
 def _values(rows, k):
     "The values of the setting `k` in rows of `study.csv`, each once and in order, as `run_settings` takes them"
@@ -170,14 +172,15 @@ def of(self:Study,
     "The finished runs of `recipe` with these settings; raises `ValueError` where there are none"
     rows = self.read()
     asked = {k: v if pd.api.types.is_list_like(v) else [v] for k,v in kwargs.items()}
-    seeds = asked.pop('seed', rows.seed.unique())
-    runs = sweep_grid([recipe], [0], asked)
+    free = dict(seed=rows.seed.unique()) | {k: asked.pop(k) for k in ('seed', 'size') if k in asked} # need no source
+    runs = [run | dict(zip(free, values)) for run in sweep_grid([recipe], [0], asked)
+            for values in itertools.product(*free.values())]
     ours = rows[rows.recipe == recipe]
     others = ', '.join(map(str, rows.recipe.unique())) or 'no others'
     if not len(ours): raise ValueError(f'{self.folder} has no finished run of the {recipe} recipe; it has {others}')
     have = {k: _values(ours, k) for k in _setting_names(recipe) if k in ours}
-    shared = {k: v[0] for k,v in have.items() if len(v) == 1 and k not in asked}
-    found = rows[rows.run.isin([run_name(run | shared | dict(seed=seed)) for run in runs for seed in seeds])]
+    shared = {k: v[0] for k,v in have.items() if len(v) == 1 and k not in kwargs}
+    found = rows[rows.run.isin([run_name(run | shared) for run in runs])]
     if len(found): return found
     wanted = {k: list(dict.fromkeys(run[k] for run in runs)) for k in have if k not in shared}
     raise ValueError(f'{self.folder} has no {recipe} run with {_listed(wanted)}. '

@@ -73,6 +73,14 @@ def test_of_takes_defaults_where_runs_differ(study):
     assert set(rows.bs) == {64} and set(rows.lr) == {0.1}
 
 
+def test_sizes_of_pictures_are_runs_of_their_own(tmp_path):
+    runs = sweep_grid(['tuned'], range(2), dict(size=[28, 64]), source=tmp_path)
+    study = record(tmp_path/'study', runs)
+    assert len(study.done) == 4
+    assert study.of('tuned', size=64).seed.tolist() == [0, 1]
+    assert [label.get_text() for label in plot_sweep(study, 'size').axes[0].get_xticklabels()] == ['28\nn = 2', '64\nn = 2']
+
+
 def test_of_says_what_the_study_has(study):
     with pytest.raises(ValueError, match=r'no tuned run with epochs 14; bs 64; lr 0.3. Its tuned runs have epochs 2, 3; bs 64, 128; lr 0.05, 0.1'):
         study.of('tuned', lr=0.3)
