@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import save
 from mnist_block3.all import (Checkpoint, Study, block3_learner, load_block3, load_digits, mnist_dls, mnist_form, read_checkpoint, read_idx,
-                              read_settings, train_run)
+                              read_run, read_settings, train_run)
 from mnist_block3.cli import block3_train
 from mnist_block3.model import weights_path
 
@@ -59,6 +59,9 @@ def whole(tmp_path_factory, learn):
     run = tmp_path_factory.mktemp('run')/'run'
     train_run(run, epochs=2, n_train=64, valid='reference', device='cpu')
     kind('settings', read_settings, 'settings.json', (run/'settings.json').read_bytes())
+    for file, other in (('summary.json', 'history.csv'), ('history.csv', 'summary.json')):
+        kind(file, read_run, file, (run/file).read_bytes())
+        plant(made[file][1], [other], (run/other).read_bytes())
     runs = Path(__file__).parent.parent/'nbs'/'results'
     for name in ('study', 'epochs', 'mistakes'):
         lines = (runs/f'{name}.csv').read_text().splitlines(True)[:4]
@@ -74,7 +77,8 @@ def whole(tmp_path_factory, learn):
     return made
 
 
-kinds = ['images', 'labels', 'picture', 'folder of images', 'weights', 'settings', 'study', 'epochs', 'mistakes', 'runs of a study', 'checkpoint']
+kinds = ['images', 'labels', 'picture', 'folder of images', 'weights', 'settings', 'summary.json', 'history.csv', 'study', 'epochs', 'mistakes',
+         'runs of a study', 'checkpoint']
 where,some_bytes = st.floats(0, 1, exclude_max=True),st.binary(max_size=8)
 nasty = st.sampled_from([b'\xff'*4, b'\xff'*8, b'\x7f' + b'\xff'*7, b'\0'*4, b'\x80', b'NaN', b'-1', b'1e999', b'9'*25, b'"', b'[', b'{', b',', b'\n', b'null'])
 step = st.tuples(st.sampled_from(['cut', 'put', 'over', 'double', 'flip', 'drop']), where, where, st.one_of(some_bytes, nasty))
