@@ -7,27 +7,39 @@ __all__ = ['plot_history', 'mistakes', 'plot_mistakes', 'block_report']
 
 # %% ../nbs/12_evaluate.ipynb #40fa2a2d
 import math
+from functools import partial
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 import pandas as pd
 from fastai.learner import Learner
 
+# %% ../nbs/12_evaluate.ipynb #9429513f
+class _Figure(Figure):
+    "A figure that a notebook draws once, also where it is the last line of a cell"
+    def _repr_mimebundle_(self, **kwargs):
+        if plt.get_backend().endswith('inline'): plt.close(self)
+        return {}
+
+_subplots = partial(plt.subplots, FigureClass=_Figure, layout='constrained')
+
 # %% ../nbs/12_evaluate.ipynb #a77ce8ab
 def plot_history(
     history:pd.DataFrame, # From `history`, or with its columns
     evaluated_on:str='evaluation', # What the evaluation curves are measured on
-) -> Figure: # 2×2: losses above, accuracies in percent below
+) -> Figure: # 2×2: losses above, accuracies in percent below; only losses where there are no accuracies
     "Training and evaluation loss and accuracy by epoch"
     if not len(history): raise ValueError('The history has no epochs: fit first')
-    fig,axs = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout='constrained')
-    names = dict(train='training', valid=evaluated_on)
-    for part,(loss_ax,accuracy_ax) in zip(names, axs.T):
-        loss_ax.plot(history.epoch, history[f'{part}_loss'], marker='.')
-        loss_ax.set(title=f'{names[part]} loss'.capitalize(), ylabel='negative log likelihood')
-        accuracy_ax.plot(history.epoch, 100*history[f'{part}_accuracy'], marker='.')
-        accuracy_ax.set(title=f'{names[part]} accuracy'.capitalize(), ylabel='accuracy in %', xlabel='epoch')
-    for ax in axs.flat: ax.grid(alpha=0.3)
+    units = dict(loss='negative log likelihood', accuracy='accuracy in %')
+    kinds = [kind for kind in units if {f'train_{kind}', f'valid_{kind}'} <= set(history)]
+    fig,axs = _subplots(len(kinds), 2, figsize=(9, 3*len(kinds)), sharex=True, squeeze=False)
+    for kind,row in zip(kinds, axs):
+        for ax,(part,name) in zip(row, dict(train='training', valid=evaluated_on).items()):
+            values = history[f'{part}_{kind}']
+            ax.plot(history.epoch, 100*values if kind == 'accuracy' else values, marker='.')
+            ax.set(title=f'{name} {kind}'.capitalize(), ylabel=units[kind])
+            ax.grid(alpha=0.3)
+    for ax in axs[-1]: ax.set(xlabel='epoch')
     axs[0,0].xaxis.set_major_locator(MaxNLocator(integer=True))
     return fig
 
@@ -55,7 +67,7 @@ def plot_mistakes(
     if dl is None: dl = learn.dls.valid
     rows = mistakes(learn, dl)[:n]
     nrows = max(1, math.ceil(len(rows)/ncols))
-    fig,axs = plt.subplots(nrows, ncols, figsize=(1.5*ncols, 1.9*nrows), squeeze=False, layout='constrained')
+    fig,axs = _subplots(nrows, ncols, figsize=(1.5*ncols, 1.9*nrows), squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for ax,row in zip(axs.flat, rows.itertuples()):
         ax.imshow(dl.dataset.items[row.index][0].cpu(), cmap='gray')
@@ -88,6 +100,8 @@ def block_report(
 ) -> str: # Markdown
     "Target, Result and Analysis of a run, computed from its history"
     if not len(history): raise ValueError('The history has no epochs: fit first')
+    if 'valid_accuracy' not in history:
+        raise ValueError('block_report needs the accuracy: pass metrics=accuracy to block3_learner')
     accuracy = history.set_index('epoch').valid_accuracy
     epoch = accuracy.index[-1]
     last = accuracy[epoch]
