@@ -42,9 +42,17 @@ def predict_digits(
 ) -> np.ndarray: # float32 probabilities, (N, 10)
     "The probability of each digit, for each image"
     mean,std = mean_std
-    x = (torch.as_tensor(images)[:,None].float()/255 - mean)/std
+    x = (_checked(images)[:,None].float()/255 - mean)/std
     if len(x) >= 10_000: model = fuse(model) # for fewer it does not pay to compile the kernels
     return model(x).exp().numpy()
+
+def _checked(images):
+    "`images` as a tensor; raises `ValueError` where they are not in MNIST's format"
+    images = torch.as_tensor(images)
+    if images.dtype == torch.uint8 and images.ndim == 3 and images.shape[1:] == (28,28): return images
+    hint = '; one image is a batch as image[None]' if images.shape == (28,28) else ''
+    raise ValueError(f'Expected uint8 images (N, 28, 28), as mnist_form makes them, '
+                     f'but got {images.dtype} {tuple(images.shape)}{hint}')
 
 # %% ../nbs/17_predict.ipynb #7c9d0224
 def _files(name):
@@ -68,16 +76,17 @@ def _read(file):
     try: return mnist_form(file)
     except FileNotFoundError: return FileNotFoundError(f'{file} cannot be read: there is no such file')
     except (OSError, ValueError) as e:
-        if not Path(file).is_dir(): return e
+        if not isinstance(file, (str, Path)) or not Path(file).is_dir(): return e
         return ValueError(f'{file} cannot be read: there are no pictures in this folder')
 
 def predict_files(
-    files:list, # Paths of pictures
+    files:list|str|Path, # Paths of pictures, or pictures as in `mnist_form`; or one path
     model:nn.Module=None, # `None`: `load_block3()`
     bs:int=500, # Pictures a step
 ):
     "Yield each file with its probabilities (10,), or with the `OSError` or `ValueError` why there are none"
     if model is None: model = load_block3()
+    files = [files] if isinstance(files, (str, Path)) else list(files)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), bs):
             batch = files[start:start+bs]
