@@ -28,10 +28,14 @@ def parse(
     parser.allow_abbrev = False
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}; see {parser.prog} --help\n')
     known = {option.replace('_', '-'): option for option in re.findall(r'--[\w-]+', parser.format_help())}
-    parts = [arg.partition('=') for arg in args]
+    n = args.index('--') if '--' in args else len(args)
+    parts = [arg.partition('=') for arg in args[:n]]
     spelled = [known.get(name.replace('_', '-'), name) + eq + value for name,eq,value in parts]
-    options = vars(parser.parse_args(spelled))
+    if _takes_files(f): spelled = [re.sub(r'^(?=-(?!-|h$|[\d.]+$))', './', arg) for arg in spelled]
+    options = vars(parser.parse_args(spelled + args[n:]))
     return {k: v for k,v in options.items() if k in signature(f).parameters}
+
+def _takes_files(f): return any(p.default is p.empty for p in signature(f).parameters.values())
 
 # %% ../nbs/18_cli.ipynb #603cc851
 def _terminate(num, frame): raise KeyboardInterrupt(num)
@@ -40,7 +44,11 @@ def _line(name, e):
     "What the command `name` says about the exception `e`"
     if isinstance(e, KeyboardInterrupt): message = 'stopped'
     else: message = str(e).rpartition('\n\t')[2] # fastai puts the name of the callback before it
-    return f'{name}: {"; ".join([message, *getattr(e, "__notes__", [])])}'
+    return _escaped(f'{name}: {"; ".join([message, *getattr(e, "__notes__", [])])}')
+
+def _escaped(text):
+    r"`text` in one line, with `\t` for a tab and so on"
+    return re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]', lambda m: repr(m[0])[1:-1], str(text))
 
 @contextmanager
 def _ending_in_one_line(name):
@@ -215,14 +223,15 @@ def block3_predict(
         statuses.add(3 if mark else 0)
         if isinstance(result, Exception) and not mark:
             statuses.add(1)
-            print(f'block3_predict: {result}', file=sys.stderr)
+            print(_escaped(f'block3_predict: {result}'), file=sys.stderr)
         else: print((_as_json if json else _as_line)(model.spec, file, result, mark))
     if sys.stdout: sys.stdout.flush()
     return 1 if 1 in statuses else max(statuses) or None
 
 def _as_line(spec, file, result, mark):
-    if mark in ('none', 'several'): return f'{file}\t-\t-\t{mark}'
-    return f'{file}\t{spec.vocab[result.argmax()]}\t{result.max():.4f}' + (f'\t{mark}' if mark else '')
+    if mark in ('none', 'several'): columns = ['-', '-']
+    else: columns = [_escaped(spec.vocab[result.argmax()]), f'{result.max():.4f}']
+    return '\t'.join([_escaped(file), *columns, *[mark]*bool(mark)])
 
 def _as_json(spec, file, result, mark):
     kind = 'class' if spec.resize else 'digit'

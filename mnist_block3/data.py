@@ -14,7 +14,7 @@ import fastcore
 import numpy as np
 import torch
 from PIL import Image
-from fastcore.basics import chunked, store_attr
+from fastcore.basics import chunked, Inf, store_attr
 from fastcore.meta import delegates
 from fasttransform import Transform
 from packaging.version import Version
@@ -67,7 +67,7 @@ def get_images(
 
 # %% ../nbs/05_data.ipynb #8d72cadf
 class PreparedImage(Transform):
-    "Make a `PILImage` of a picture by the spec of the data set, or of bytes as they are"
+    "Make a `PILImage` of a picture by the spec of the data set, or of an array of the images' shape as it is"
     input_types = object
     def __init__(self,
         spec:PictureSpec=PictureSpec(), # For a data set that has none
@@ -78,13 +78,13 @@ class PreparedImage(Transform):
     def setups(self, dsets): self.spec = getattr(dsets.items, 'spec', self.spec)
 
     def encodes(self, item):
-        if isinstance(item, (str, Path, Image.Image)): item = self.spec.read(item)
-        item = torch.as_tensor(item)
         shape = self.spec.n_in, self.spec.size, self.spec.size
         short = shape[1:] if shape[0] == 1 else shape
-        if item.dtype != torch.uint8 or item.shape not in (shape, short):
-            got = f'{item.dtype} {tuple(item.shape)}'
-            raise ValueError(f'Expected a picture, or {times(short)} bytes (uint8); got {got}')
+        is_array = isinstance(item, (np.ndarray, torch.Tensor))
+        if not is_array or item.shape not in (shape, short): item = self.spec.read(item)
+        item = torch.as_tensor(item)
+        if item.dtype != torch.uint8:
+            raise ValueError(f'Expected a picture, or {times(short)} bytes (uint8); got {item.dtype} {tuple(item.shape)}')
         pixels = item.cpu().reshape(shape).permute(1, 2, 0).numpy()
         return PILImageBW.create(pixels[...,0]) if shape[0] == 1 else PILImage.create(pixels)
 
@@ -150,6 +150,11 @@ class ImagesDL(TfmdDL):
         x,y = items.batch(idxs)
         x = TensorImageBW(x) if items.spec.n_in == 1 else TensorImage(x)
         return (x, TensorCategory(y))[:len(self.dataset.tls)]
+
+    def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
+        "Show some items, or with `unique` one of them under different random transforms"
+        if unique and b is None: b = self.new(get_idxs=lambda: Inf.zeros).one_batch() # fastai's would change `self`
+        return super().show_batch(b, max_n, ctxs, show, **kwargs)
 
     def shuffle_fn(self, idxs):
         rng = np.random.default_rng(self.rng.getrandbits(64)) # fastai's `rng.sample` takes several times as long

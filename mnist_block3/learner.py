@@ -141,8 +141,9 @@ def _row(self:History):
     if rec.cancel_train: names = names[1 + rec.train_metrics*len(rec.metrics):] # no training values
     row = {'epoch': self.epoch+1, 'lr': self.opt.hypers[-1]['lr'], **dict(zip(names, rec.values[-1]))}
     if self.n_seen: row['train_accuracy'] = int(self.n_right)/self.n_seen
-    if 'accuracy' in row:
-        row['valid_accuracy'] = row.pop('accuracy')
+    if 'accuracy' in row: row['valid_accuracy'] = row.pop('accuracy')
+    elif 'error_rate' in row: row['valid_accuracy'] = 1 - row['error_rate']
+    if 'valid_accuracy' in row:
         row['correct'] = round(row['valid_accuracy'] * rec.loss.count)
         row['total'] = rec.loss.count
     row['seconds'] = time.perf_counter() - self.began
@@ -151,7 +152,7 @@ def _row(self:History):
 # %% ../nbs/11_learner.ipynb #f90a6f3c
 def history(
     learn:Learner, # Made by `block3_learner`
-) -> pd.DataFrame: # A row an epoch, from 1 on: rate, losses, accuracies in 0–1, correct, total, seconds
+) -> pd.DataFrame: # A row an epoch, from 1 on: rate, losses, metrics, accuracies in 0–1, correct, total, seconds
     "The epochs of the last `fit` of `learn`"
     if learn._grab_cbs(History): return pd.DataFrame(learn.history.rows)
     raise ValueError('This learner keeps no history: make it with block3_learner')

@@ -7,13 +7,13 @@ __all__ = ['picture_suffixes', 'mean_std', 'resizes', 'picture_files', 'NoDigit'
            'resized_picture', 'PictureSpec']
 
 # %% ../nbs/02_picture.ipynb #41e49ef5
-import json, math, mimetypes, os
+import io, json, math, mimetypes, os
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 import scipy # loads `scipy.ndimage` when it is first used
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/02_picture.ipynb #363f09ea
 picture_suffixes = {suffix for suffix,kind in mimetypes.types_map.items() if kind.startswith('image/')}
@@ -46,24 +46,44 @@ def _refuse_dangerous(im):
     if max(tile) > max(*im.size, 1024) + 15:
         raise ValueError(f'its tiles have {tile[0]}×{tile[1]} pixels, it has {im.width}×{im.height}')
 
+# %% ../nbs/02_picture.ipynb #936138b4
+def _is_path(image): return isinstance(image, (str, os.PathLike))
+
+def _opened(image):
+    "A context that gives a PIL image, and closes what it has opened"
+    if isinstance(image, Image.Image): return nullcontext(image)
+    if isinstance(image, (bytes, bytearray)): image = io.BytesIO(image)
+    if hasattr(image, '__array__'): return nullcontext(_from_array(np.asarray(image)))
+    if _is_path(image) or hasattr(image, 'read'): return Image.open(image)
+    raise ValueError('a picture is a path, a PIL image, a uint8 array, bytes or a file object, '
+                     f'not {type(image).__name__}')
+
+def _from_array(a):
+    "A PIL image of an array"
+    if a.dtype != np.uint8 or a.ndim < 2 or a.shape[2:] not in [(), (1,), (3,), (4,)] or not a.size:
+        raise ValueError('an array is uint8 and has the shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), '
+                         f'not {a.dtype} {a.shape}')
+    return Image.fromarray(a[...,0] if a.shape[2:] == (1,) else a)
+
 # %% ../nbs/02_picture.ipynb #3b3fbfc0
 class NoDigit(ValueError): "There is no digit in a picture"
 class SeveralDigits(ValueError): "There are several digits in a picture"
 
 @contextmanager
 def opened_picture(
-    image:Image.Image|str|Path, # A PIL image or the path of a picture
+    image, # A path, a PIL image, a uint8 array (H, W) or (H, W, C), `bytes` of a file, or a file object
 ): # A PIL image whose pixels have not been read yet
     "Open a picture; errors but `FileNotFoundError` become a `ValueError` that names the file"
-    given = isinstance(image, Image.Image)
     try:
-        with nullcontext(image) if given else Image.open(image) as im:
+        with _opened(image) as im:
             _refuse_dangerous(im)
             yield im
     except FileNotFoundError: raise
     except Exception as e:
+        name = image if _is_path(image) else 'The image'
         kind = type(e) if isinstance(e, (NoDigit, SeveralDigits)) else ValueError
-        raise kind(f'{"The image" if given else image} cannot be read: {e}') from e
+        reason = 'cannot identify its format' if isinstance(e, UnidentifiedImageError) else e
+        raise kind(f'{name} cannot be read: {reason}') from e
 
 # %% ../nbs/02_picture.ipynb #54f48f24
 def _plain(im):
@@ -248,7 +268,7 @@ def _centred(digit):
 
 # %% ../nbs/02_picture.ipynb #f54a6f77
 def mnist_form(
-    image:Image.Image|str|Path, # A picture of one digit, of any size, colours and file format, or its path
+    image, # A picture of one digit, of any size, colours and file format, as in `opened_picture`
 ) -> np.ndarray: # uint8, (28, 28)
     "A picture in MNIST's format; raises `NoDigit`, `SeveralDigits`, `FileNotFoundError`, or `ValueError` if damaged"
     with opened_picture(image) as im:

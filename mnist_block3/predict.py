@@ -53,11 +53,21 @@ def predict_digits(
     model:nn.Module, # As from `load_block3`
     images:np.ndarray, # uint8, (N, 28, 28) in MNIST's format, or (N, C, H, W) as `model` takes them
 ) -> np.ndarray: # float32 probabilities, (N, classes)
-    "The probability of each digit, or other class, for each image"
-    images = torch.as_tensor(images)
-    x = _normalised(images[:,None] if images.ndim == 3 else images, spec_of(model))
+    "The probability of each digit, or other class, for each image; raises `ValueError` for other arrays"
+    spec = spec_of(model)
+    x = _normalised(_checked(images, spec), spec)
     if len(x) >= 10_000: model = fuse(model) # for fewer it does not pay to compile the kernels
     return model(x).exp().numpy()
+
+def _checked(images, spec):
+    "`images` as a tensor (N, C, H, W); raises `ValueError` where the network of `spec` does not take them"
+    images = torch.as_tensor(images)
+    shape = spec.n_in, spec.size, spec.size
+    short = shape[1:] if shape[0] == 1 else shape
+    if images.dtype == torch.uint8 and images.shape[1:] in (shape, short): return images.reshape(-1, *shape)
+    hint = '; one image is a batch as image[None]' if images.shape in (shape, short) else ''
+    raise ValueError(f'Expected uint8 images {("N", *short)}, as the network was trained on, '
+                     f'but got {images.dtype} {tuple(images.shape)}{hint}')
 
 # %% ../nbs/17_predict.ipynb #7c9d0224
 def _files(name):
@@ -81,16 +91,17 @@ def _read(spec, file):
     try: return spec.read(file)
     except FileNotFoundError: return FileNotFoundError(f'{file} cannot be read: there is no such file')
     except (OSError, ValueError) as e:
-        if not Path(file).is_dir(): return e
+        if not isinstance(file, (str, Path)) or not Path(file).is_dir(): return e
         return ValueError(f'{file} cannot be read: there are no pictures in this folder')
 
 def predict_files(
-    files:list, # Paths of pictures
+    files:list|str|Path, # Paths of pictures, or pictures as in `mnist_form`; or one path
     model:nn.Module=None, # `None`: `load_block3()`
     bs:int=500, # Pictures a step
 ):
     "Yield each file with its probabilities (classes,), or with the `OSError` or `ValueError` why there are none"
     if model is None: model = load_block3()
+    files = [files] if isinstance(files, (str, Path)) else list(files)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), bs):
             batch = files[start:start+bs]

@@ -108,9 +108,11 @@ class EpochLines(Callback):
         if not self.skipped: self.write(self.line(self.history.rows[-1]))
 
     def line(self, row):
-        return (f'epoch {row["epoch"]:2}/{self.n_epoch}  train loss {row["train_loss"]:.4f}  '
-                f'{self.evaluated_on} loss {row["valid_loss"]:.4f}  {row["correct"]:,}/{row["total"]:,}  '
-                f'{100*row["valid_accuracy"]:.2f} %  {row["seconds"]:.1f} s')
+        parts = [f'epoch {row["epoch"]:2}/{self.n_epoch}', f'train loss {row["train_loss"]:.4f}',
+                 f'{self.evaluated_on} loss {row["valid_loss"]:.4f}']
+        if 'valid_accuracy' in row:
+            parts += [f'{row["correct"]:,}/{row["total"]:,}', f'{100*row["valid_accuracy"]:.2f} %']
+        return '  '.join([*parts, f'{row["seconds"]:.1f} s'])
 
     def write(self, line):
         mbar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from .basics import check_choice, check_count, locked, package_path, write_whole
 from .data import get_device
-from .evaluate import mistakes, read_run
+from .evaluate import mistakes, read_run, subplots_once
 from .learner import history
 from .run import train_run
 from .settings import protocols, recipe_settings, run_settings
@@ -544,7 +544,7 @@ def plot_sweep(
     if len(settings) not in (1, 2): raise ValueError(f'settings={settings}: name one setting or two')
     rows = _swept(study if isinstance(study, Study) else Study(study), settings, recipe, kwargs)
     name,scale = _axis(measure, None if 'valid' in settings else rows.valid.iloc[0])
-    fig,ax = plt.subplots(figsize=(5, 4), layout='constrained')
+    fig,ax = subplots_once(figsize=(5, 4))
     title = _in_common(rows.to_dict('records')[0], settings)
     if len(settings) == 2:
         _plot_grid(ax, rows, *settings, measure, scale)
