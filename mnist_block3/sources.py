@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['mnist_path', 'mnist_sha256', 'accepted', 'read_idx', 'Images', 'load_digits']
 
-# %% ../nbs/04_sources.ipynb #0eadcce0
-import gzip, hashlib, io, math, os, re, string, struct, warnings, zipfile, zlib
+# %% ../nbs/04_sources.ipynb #6852e97a
+import csv, gzip, hashlib, io, math, os, re, string, struct, warnings, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 from fastcore.basics import store_attr
@@ -271,18 +270,18 @@ def _read_image_split(folder):
     images = np.stack([_read_image(path) for path in paths])
     return torch.from_numpy(images), torch.tensor([int(label) for label in labels])
 
-# %% ../nbs/04_sources.ipynb #a90743c8
+# %% ../nbs/04_sources.ipynb #86b67494
 def _read_csv(path):
     "The images and labels of a CSV file, or `None` where it has no labels"
-    with _named(path):
-        head = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].fillna('').tolist()
+    with _named(path), open(path, encoding='utf-8-sig') as file:
+        head = next(csv.reader(file), [])
         if len(head) not in (784, 785): raise ValueError(f'it has {len(head)} columns, not 785: a label and 28×28 pixels')
         if len(head) == 784: return None
-        has_names = not head[0].isdigit()
-        table = pd.read_csv(path, header=0 if has_names else None, dtype=np.uint8)
+        file.seek(0)
+        skip = 0 if head[0].isdigit() else 1
+        table = np.loadtxt(file, np.uint8, delimiter=',', skiprows=skip, quotechar='"', comments=None, ndmin=2)
         at = next((i for i,name in enumerate(head) if name.lower() in ('label', 'class')), 0)
-        labels = table.pop(table.columns[at])
-        return _as_pixels(table), _as_labels(labels)
+        return _as_pixels(np.delete(table, at, axis=1)), _as_labels(table[:,at])
 
 # %% ../nbs/04_sources.ipynb #be6e0e00
 def _read_npz(path, split='train'):
@@ -347,9 +346,9 @@ def load_digits(
     "Read all of `source`; raises `FileNotFoundError`, or `ValueError` if a file is damaged"
     kind,folder,name,files = _data_set(mnist_path if source is None else check_source(source))
     classes = _classes(folder, name)
-    train,test = [_read_split(kind, files, split, *classes) for split in ('train', 'test')]
+    train = _read_split(kind, files, 'train', *classes)
     if train is None: raise ValueError(f'{folder/name} has no training images with labels. {accepted}')
-    if test is None: test = train[:0]
+    test = _read_split(kind, files, 'test', *classes) or train[:0]
     if name.lower().startswith('emnist') and kind in ('idx', 'csv'):
         print(f'{name}: EMNIST stores its images with rows and columns swapped; they are turned upright')
         train,test = _turned(train), _turned(test)
