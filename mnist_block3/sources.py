@@ -245,7 +245,10 @@ def _read_idx_split(image_file, label_file):
     return images, read_idx(label_file)
 
 # %% ../nbs/04_sources.ipynb #ad3c4e26
-def _is_bright(images): return np.concatenate([images[...,0,:], images[...,-1,:], images[...,0], images[...,-1]], -1).mean() > 127.5
+def _is_bright(images):
+    "Whether four fifths of the border of the images (..., H, W) are brighter than a middle grey"
+    border = [images[...,0,:], images[...,-1,:], images[...,0], images[...,-1]]
+    return np.mean(np.concatenate(border, -1) > 127) > 0.8
 
 def _read_image(path):
     "The grey values of an image of 28×28 pixels, uint8 (28, 28)"
