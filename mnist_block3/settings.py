@@ -121,7 +121,7 @@ def run_settings(
     check_choice('resize', resize, ('crop', 'pad', 'squish'))
     if size is not None: check_size(size=size)
     if size and not source: raise ValueError(f'size={size}: only the pictures of a source are resized')
-    if source is not None: source = str((check_folder if size else check_source)(source).resolve())
+    if source is not None: source = str((check_folder if size else check_source)(source).absolute())
     if device is not None: device = str(device)
     run = dict(epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid, source=source,
                size=size, resize=resize, flip=flip, device=device, n_train=n_train, bf16=bf16, reproducible=reproducible, fast=fast,

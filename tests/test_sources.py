@@ -1,10 +1,10 @@
-"Data sets as people find them, written by torchvision's, NumPy's, pandas' and pyarrow's conventions; what else is there is said"
-import gzip, io, json, re, struct, sys
+"Data sets as people find them: written by other libraries, read by torchvision's readers; and what is said of anything else"
+import gzip, io, json, struct, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
-from torchvision.datasets import EMNIST, QMNIST
-from mnist_block3.all import block3_learner, block_report, history, image_dls, load_digits, mistakes, mnist_dls
+from torchvision.datasets import EMNIST, FashionMNIST, KMNIST, QMNIST
+from mnist_block3.all import block3_learner, load_digits, mistakes, mnist_dls
 from mnist_block3.cli import block3_predict, block3_train
 from mnist_block3.data import get_images
 
@@ -191,6 +191,12 @@ def test_several_data_sets(tmp_path):
     for choice in choices: assert len(load_digits(choice)[0]) == 30
 
 
+def test_torchvisions_folder_of_several(tmp_path):
+    for name in ('FashionMNIST', 'KMNIST'): put_idx(tmp_path/name/'raw')
+    with pytest.raises(ValueError, match=f'one of them: {tmp_path}/FashionMNIST/raw, {tmp_path}/KMNIST/raw$'): load_digits(tmp_path)
+    for theirs in (FashionMNIST, KMNIST): assert list(load_digits(tmp_path/theirs.__name__)[0].spec.vocab) == theirs.classes
+
+
 def put_text(path):
     put(path, b'nothing')
     return path
@@ -202,14 +208,14 @@ nothing = {
     'as a path':       (lambda d: Path('https://a.org/b.zip'), ValueError, 'https://a.org/b.zip is an address'),
     'empty':           (lambda d: d, FileNotFoundError, 'holds nothing. Accepted are'),
     'other files':     (lambda d: put_text(d/'mnist.zip').parent, FileNotFoundError, 'holds mnist.zip. Accepted are'),
-    'another file':    (lambda d: put_text(d/'mnist.pkl.gz'), ValueError, 'mnist.pkl.gz is no file of a data set. Accepted are'),
+    'another file':    (lambda d: put_text(d/'mnist.pkl.gz'), ValueError, 'mnist.pkl.gz is no file of a data set; unpack archives first. Accepted are'),
     'classes only':    (lambda d: put_pictures(d, 'train', 'test')/'train', FileNotFoundError, r'holds 0/, 1/, 2/, 3/, 4/ and 5 more\. Accepted are'),
     'no training':     (lambda d: put(d/'t10k-images-idx3-ubyte', b'') or put(d/'t10k-labels-idx1-ubyte', b'') or d, ValueError, 'has no training images'),
     'no labels':       (lambda d: put(d/'train-images-idx3-ubyte', b'') or d, FileNotFoundError, 'train-images-idx3-ubyte has no labels beside it'),
     'other columns':   (lambda d: pd.DataFrame(np.zeros((3,5))).to_csv(d/'train.csv') or d, ValueError, 'train.csv cannot be read: it has 6 columns, not 785'),
     'too bright':      (lambda d: as_table('train').assign(pixel3=256).to_csv(d/'train.csv', index=False) or d, ValueError, 'train.csv cannot be read: .*256'),
     'label 10':        (lambda d: as_table('train').assign(label=10).to_csv(d/'train.csv', index=False) or d, ValueError, 'train.csv holds the label 10, but labels are 0 to 9'),
-    'fractions':       (lambda d: put_npz(d, np.float32), ValueError, 'mnist.npz cannot be read: its pixels have the type float32'),
+    'fractions':       (lambda d: put_npz(d, np.float32), ValueError, 'mnist.npz cannot be read: its pixels are float32'),
     'other arrays':    (lambda d: np.savez(d/'a.npz', images=images['train']) or d, ValueError, 'a.npz cannot be read: it has images, but no x_train'),
     'no zip':          (lambda d: put_text(d/'a.npz'), ValueError, 'a.npz cannot be read'),
     'objects':         (lambda d: np.savez(d/'a.npz', x_train=np.array([{}]), y_train=labels['train']) or d, ValueError, 'a.npz cannot be read: Object arrays'),
@@ -230,7 +236,7 @@ def test_a_bomb_in_an_archive(tmp_path):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     put(tmp_path/'train-00000-of-00001.parquet', b'')
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
-    with pytest.raises(ImportError, match='needs pyarrow: pip install pyarrow'): load_digits(tmp_path)
+    with pytest.raises(ImportError, match='needs pyarrow 15 or newer: pip install'): load_digits(tmp_path)
 
 
 # Dark on light
