@@ -134,7 +134,7 @@ def _data_sets(folder, depth=3):
         pictures = _picture_splits(parent, subfolders)
         if pictures: found['pictures', parent, ''] = pictures
         is_deepest = len(parent.relative_to(folder).parts) == depth
-        subfolders[:] = [] if is_deepest or pictures else [name for name in sorted(subfolders) if name[0] != '.']
+        subfolders[:] = sorted(name for name in subfolders if name[0] != '.' and not (is_deepest or pictures))
         for path in sorted(parent/name for name in names if name[0] != '.'):
             if not (described := _described(path)): continue
             found.setdefault(described[:3], {}).setdefault(described[3:], []).append(path)
@@ -158,8 +158,8 @@ def _some_names(folder):
 def _unreadable(source):
     "The error for a `source` that is no data set"
     if source.is_file(): return ValueError(f'{source} is no file of a data set; unpack archives first. {_accepted}')
-    folder = source if source.is_dir() else source.parent
-    return FileNotFoundError(f'{source} is no data set; {folder} holds {_some_names(folder)}. {_accepted}')
+    if source.is_dir(): return FileNotFoundError(f'{source} is no data set: it holds {_some_names(source)}. {_accepted}')
+    return FileNotFoundError(f'{source} is no data set: {source.parent} holds {_some_names(source.parent)}. {_accepted}')
 
 # %% ../nbs/04_sources.ipynb #54b51174
 def _of_file(path):
@@ -172,17 +172,17 @@ def _of_file(path):
     return {(kind, path.parent, path.name): {('train','all'): [path]}} if kind in ('csv', 'parquet') else {}
 
 def _choice(key, found):
-    "What to pass as `source` for one data set of several: the beginning of its names, its folder or one of its files"
+    "What to pass for one data set of several: the beginning of its files' names, its folder or one of its files"
     kind,folder,name = key
     if kind == 'idx' and name: return folder/name
     is_alone = not any(other[1].is_relative_to(folder) for other in found if other != key)
     return folder if is_alone or kind == 'pictures' else found[key][max(found[key])][0]
 
 def _data_set(source):
-    "Format, folder, name and files of the one data set at `source`; raises an error where there is none or no choice"
+    "Format, folder, name and files of the one data set at `source`; raises an error if there is none, or several"
     if source.is_file(): found = _of_file(source)
     elif source.is_dir(): found = _data_sets(source)
-    else: found = {key: files for key,files in _data_sets(source.parent, depth=1).items() if key[1]/key[2] == source}
+    else: found = {key: files for key,files in _data_sets(source.parent, 1).items() if key[1]/key[2] == source}
     if not found: raise _unreadable(source)
     if ('pictures', source, '') in found: found = {('pictures', source, ''): found['pictures', source, '']}
     if len(found) == 1: return *list(found)[0], *found.values()
