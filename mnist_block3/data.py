@@ -52,6 +52,8 @@ def get_images(
     check_choice('valid', valid, protocols)
     if n_train is not None: check_count(n_train=n_train)
     train,test = load_digits(source)
+    if valid == 'test' and not len(test):
+        raise ValueError(f"{source} has no test images with labels: valid='holdout' evaluates on the last 10,000 training images")
     if valid == 'holdout':
         if len(train) <= n_holdout:
             raise ValueError(f"valid='holdout' needs over {n_holdout:,} training images, "
@@ -285,7 +287,7 @@ def get_device(
 # %% ../nbs/05_data.ipynb #39b7f685
 @delegates(mnist_block)
 def mnist_dls(
-    source:str|Path=None, # Folder of IDX files or of images; `None`: the bundled MNIST
+    source:str|Path=None, # Folder or file of a data set in MNIST's form, see `load_digits`; `None`: the bundled MNIST
     bs:int=64, # Training images a step
     valid:str='test', # Evaluation protocol: 'test', 'holdout' or 'reference'
     device:str|torch.device=None, # Where images live and the model trains; `None`: the GPU if there is one

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['protocols', 'recipes', 'recipe_epochs', 'reference_settings', 'tuned_settings', 'recipe_settings', 'check_folder',
-           'run_settings']
+           'check_source', 'run_settings']
 
 # %% ../nbs/01_settings.ipynb #5bcda8ce
+import glob, re
 from inspect import signature
 from numbers import Number
 from pathlib import Path
@@ -67,13 +68,28 @@ def recipe_settings(
     return recipes[recipe](**given)
 
 # %% ../nbs/01_settings.ipynb #b42827a0
+def _check_local(source):
+    "Raise `ValueError` for an address; the path otherwise"
+    if not re.match(r'\w{2,}:/', str(source)): return Path(source).expanduser()
+    url = re.sub(':/+', '://', str(source), count=1)
+    raise ValueError(f'{url} is an address; `source` is a folder or a file on this machine. Download it first: '
+                     "fastai's untar_data(url) returns the folder of an unpacked archive")
+
 def check_folder(
     source:str|Path, # Folder of a data set
 ) -> Path: # The folder
-    "Raise `FileNotFoundError` where `source` is no folder"
-    folder = Path(source).expanduser()
+    "Raise `FileNotFoundError` where `source` is no folder, `ValueError` for an address"
+    folder = _check_local(source)
     if folder.is_dir(): return folder
     raise FileNotFoundError(f'{folder} is no folder. `source` is a folder of IDX files or of pictures')
+
+def check_source(
+    source:str|Path, # Folder of a data set, one of its files, or the beginning of its files' names before a dash
+) -> Path: # The same as a path
+    "Raise `FileNotFoundError` where nothing is at `source`, `ValueError` for an address"
+    path = _check_local(source)
+    if path.exists() or path.parent.is_dir() and any(path.parent.glob(f'{glob.escape(path.name)}-*')): return path
+    raise FileNotFoundError(f'{path} is no folder or file. `source` is a folder of a data set or of pictures, or a file')
 
 # %% ../nbs/01_settings.ipynb #dfd73fda
 def run_settings(
@@ -82,7 +98,7 @@ def run_settings(
     bs:int=64, # Batch size of the training images
     seed:int=0, # Seed of weights, order, augmentation and dropout
     valid:str='test', # Protocol: test (never for choosing settings), holdout (for choosing them) or reference
-    source:str=None, # Folder of a data set or of pictures; default: the MNIST in this package
+    source:str=None, # Folder of a data set or of pictures, or a file of a data set; default: the MNIST in this package
     size:int=None, # Resize the pictures of source to size×size pixels; default: they are in MNIST's form
     resize:str='crop', # How to resize them: crop, pad or squish
     flip:bool=False, # Mirror half of the resized training images, left for right
@@ -105,7 +121,7 @@ def run_settings(
     check_choice('resize', resize, ('crop', 'pad', 'squish'))
     if size is not None: check_size(size=size)
     if size and not source: raise ValueError(f'size={size}: only the pictures of a source are resized')
-    if source is not None: source = str(check_folder(source).resolve())
+    if source is not None: source = str((check_folder if size else check_source)(source).absolute())
     if device is not None: device = str(device)
     run = dict(epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid, source=source,
                size=size, resize=resize, flip=flip, device=device, n_train=n_train, bf16=bf16, reproducible=reproducible, fast=fast,

@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['mnist_path', 'mnist_sha256', 'read_idx', 'Images', 'load_digits']
 
-# %% ../nbs/04_sources.ipynb #f51d4d9d
-import gzip, hashlib, io, math, struct, zlib
+# %% ../nbs/04_sources.ipynb #edad4c75
+import csv, gzip, hashlib, io, math, os, re, string, struct, warnings, zipfile, zlib
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
+from PIL import Image
 from fastcore.basics import store_attr
 from fastcore.foundation import is_indexer
 from .basics import package_path
-from .picture import opened_picture, picture_files, PictureSpec
-from .settings import check_folder
+from .picture import opened_picture, picture_files, PictureSpec, resized_picture
+from .settings import check_source
 
 # %% ../nbs/04_sources.ipynb #2b83803e
 mnist_path = package_path/'mnist'
@@ -41,34 +44,36 @@ def _unpacked(path, raw, n):
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise ValueError(f'{path} is not a whole gzip file: {e}') from e
 
-# %% ../nbs/04_sources.ipynb #932003da
+# %% ../nbs/04_sources.ipynb #f29922f7
 def _times(dims): return '×'.join(map(str, dims))
 
-def _idx_dims(path, head, shape):
+def _idx_dims(path, head, shape, kind=8):
     "The dimensions in the header `head` of an IDX file; raises `ValueError` where they are not `(N, *shape)`"
     n_head = 4*(2 + len(shape))
     magic,*dims = struct.unpack(f'>{n_head//4}I', head.ljust(n_head, b'\0')) # of a shorter file: zeros
-    want = 0x801 + len(shape)
+    want = 256*kind + 1 + len(shape)
     if magic == want and dims[0] and dims[1:] == list(shape): return dims
     raise ValueError(f'{path} has the magic number {magic} and the dimensions {_times(dims)}, '
                      f'but should have {want} and {_times(("N", *shape))}')
 
-# %% ../nbs/04_sources.ipynb #f85e0f14
+# %% ../nbs/04_sources.ipynb #f56f70d7
 def read_idx(
-    path:str|Path, # An IDX file of unsigned bytes, plain or gzip
+    path:str|Path, # An IDX file, plain or gzip
     shape:tuple=(), # Shape of one item: `(28, 28)` for images, `()` for labels
-) -> torch.Tensor: # uint8, (N, *shape)
+    ints:bool=False, # Its numbers have four bytes each instead of one
+) -> torch.Tensor: # uint8, or int32 for `ints`, (N, *shape)
     "Read an IDX file; raises `ValueError` where its header, its length or its shape is wrong"
     path = Path(path)
     raw = _file_bytes(path)
     n_head = 4*(2 + len(shape))
-    dims = _idx_dims(path, _unpacked(path, raw, n_head), shape)
-    n = math.prod(dims)
-    promise = f'{path} promises {_times(dims)} bytes after its header'
+    dims = _idx_dims(path, _unpacked(path, raw, n_head), shape, 12 if ints else 8)
+    n = math.prod(dims)*(4 if ints else 1)
+    promise = f'{path} promises {_times(dims + [4]*ints)} bytes after its header'
     if n > max(100*len(raw), 100_000_000): raise ValueError(f'{promise}, more than 100 times its size')
     body = _unpacked(path, raw, n_head + n + 1)[n_head:]
     if len(body) != n: raise ValueError(f'{promise}, but has {"more" if len(body) > n else len(body)}')
-    return torch.from_numpy(np.frombuffer(body, np.uint8).reshape(dims).copy())
+    numbers = np.frombuffer(body, '>i4' if ints else np.uint8).reshape(dims)
+    return torch.from_numpy(numbers.astype(np.int32 if ints else np.uint8))
 
 # %% ../nbs/04_sources.ipynb #1d4068a3
 class Images:
@@ -96,61 +101,281 @@ class Images:
         images = self.images.to(device)
         return self if images is self.images else Images(images, self.labels.to(device), self.spec)
 
-# %% ../nbs/04_sources.ipynb #a2199651
-def _idx_folder(folder):
-    "The folder of IDX files at `folder`: itself, or `raw` below it"
-    places = [folder, folder/'raw', *sorted(folder.glob('*/raw'))]
-    return next((place for place in places if any(place.glob('*-idx3-ubyte*'))), folder)
+# %% ../nbs/04_sources.ipynb #048aa717
+_idx_name = re.compile(r'(?:(.+)[-_. ])?(train|test|t10k)[-_. ](images|labels)'
+                       r'[-_.]idx\d[-_.](?:ubyte|int)(?:\.gz)?', re.I)
+_table_name = re.compile(r'(?:(.+)[-_. ])?(train|test)(?:ing)?(?:-\d+-of-\d+[-\w]*)?\.(csv|parquet)', re.I)
 
-def _idx_file(folder, name):
-    "The file `name` in `folder`, plain or gzip"
-    for path in (folder/name, folder/f'{name}.gz'):
-        if path.is_file(): return path
-    raise FileNotFoundError(f'{folder} holds neither {name} nor {name}.gz')
+def _described(path):
+    "What the name of a file says: format, folder, name of the data set, split and content; or `None`"
+    if m := _idx_name.fullmatch(path.name):
+        name,split,content = m.groups()
+        folder = path.parent.parent if _idx_name.fullmatch(path.parent.name) else path.parent
+        return 'idx', folder, name or '', 'train' if split.lower() == 'train' else 'test', content.lower()
+    if m := _table_name.fullmatch(path.name):
+        name,split,suffix = m.groups()
+        return suffix.lower(), path.parent, name or '', split.lower(), 'all'
+    if path.suffix.lower() == '.npz': return 'npz', path.parent, path.name, 'train', 'all'
 
-# %% ../nbs/04_sources.ipynb #22626f9c
-def _read_idx_split(folder, split):
-    "The `Images` of one `split` ('train' or 't10k')"
-    image_file = _idx_file(folder, f'{split}-images-idx3-ubyte')
-    label_file = _idx_file(folder, f'{split}-labels-idx1-ubyte')
-    images = read_idx(image_file, (28,28))
-    labels = read_idx(label_file)
+# %% ../nbs/04_sources.ipynb #39cd0dd0
+_picture_folders = dict(train='train', training='train', test='test', testing='test')
+
+def _picture_splits(parent, names):
+    "The folders of pictures in `parent`, by split and content"
+    splits = {(_picture_folders[name.lower()], 'all'): [parent/name] for name in names
+              if name.lower() in _picture_folders and picture_files(parent/name)}
+    return splits if ('train', 'all') in splits else {}
+
+def _data_sets(folder, depth=3):
+    "The data sets in `folder` and `depth` levels below by format, folder and name: files by split and content"
+    found = {}
+    for parent,subfolders,names in os.walk(folder, followlinks=True):
+        parent = Path(parent)
+        pictures = _picture_splits(parent, subfolders)
+        if pictures: found['pictures', parent, ''] = pictures
+        is_deepest = len(parent.relative_to(folder).parts) == depth
+        subfolders[:] = sorted(name for name in subfolders if name[0] != '.' and not (is_deepest or pictures))
+        for path in sorted(parent/name for name in names if name[0] != '.'):
+            if not (described := _described(path)): continue
+            found.setdefault(described[:3], {}).setdefault(described[3:], []).append(path)
+    return found
+
+# %% ../nbs/04_sources.ipynb #c801dcb4
+_other_pictures = 'image_dls, or block3_train with --size, reads pictures of any size and classes'
+_accepted = '''Accepted are
+- IDX files named as those of MNIST, EMNIST or QMNIST (train-images-idx3-ubyte, ...), plain or .gz
+- training/ and testing/, or train/ and test/, with pictures of 28×28 pixels in the folders 0 to 9
+- train.csv and test.csv (or mnist_train.csv, ...) with a label and 784 pixels a row
+- an .npz file with x_train, y_train, x_test and y_test
+- train-*.parquet and test-*.parquet with the columns image and label''' + f'\n{_other_pictures}'
+
+def _some_names(folder):
+    paths = sorted(path for path in folder.iterdir() if path.name[0] != '.')
+    names = [f'{path.name}/' if path.is_dir() else path.name for path in paths]
+    more = f' and {len(names) - 5} more' if len(names) > 5 else ''
+    return ', '.join(names[:5]) + more or 'nothing'
+
+def _unreadable(source):
+    "The error for a `source` that is no data set"
+    if source.is_file(): return ValueError(f'{source} is no file of a data set; unpack archives first. {_accepted}')
+    if source.is_dir(): return FileNotFoundError(f'{source} is no data set: it holds {_some_names(source)}. {_accepted}')
+    return FileNotFoundError(f'{source} is no data set: {source.parent} holds {_some_names(source.parent)}. {_accepted}')
+
+# %% ../nbs/04_sources.ipynb #54b51174
+def _of_file(path):
+    "The data sets with the file `path`"
+    described = _described(path)
+    if described:
+        found = _data_sets(described[1], depth=1)
+        return {key: files for key,files in found.items() if any(path in paths for paths in files.values())}
+    kind = path.suffix[1:].lower()
+    return {(kind, path.parent, path.name): {('train','all'): [path]}} if kind in ('csv', 'parquet') else {}
+
+def _choice(key, found):
+    "What to pass for one data set of several: the beginning of its files' names, its folder or one of its files"
+    kind,folder,name = key
+    if kind == 'idx' and name: return folder/name
+    is_alone = not any(other[1].is_relative_to(folder) for other in found if other != key)
+    return folder if is_alone or kind == 'pictures' else found[key][max(found[key])][0]
+
+def _data_set(source):
+    "Format, folder, name and files of the one data set at `source`; raises an error if there is none, or several"
+    if source.is_file(): found = _of_file(source)
+    elif source.is_dir(): found = _data_sets(source)
+    else: found = {key: files for key,files in _data_sets(source.parent, 1).items() if key[1]/key[2] == source}
+    if not found: raise _unreadable(source)
+    if ('pictures', source, '') in found: found = {('pictures', source, ''): found['pictures', source, '']}
+    if len(found) == 1: return *list(found)[0], *found.values()
+    choices = ', '.join(str(_choice(key, found)) for key in found)
+    raise ValueError(f'{source} holds {len(found)} data sets. Pass one of them: {choices}')
+
+# %% ../nbs/04_sources.ipynb #3f63bd01
+def _as_images(images, labels, files, vocab=PictureSpec().vocab, first=0):
+    "`Images` of what was read from `files`; the label of the first class is `first`"
+    image_file,label_file = files[0], files[-1]
     if len(images) != len(labels):
         raise ValueError(f'{image_file} holds {len(images)} images, but {label_file} {len(labels)} labels')
-    if labels.max() > 9:
-        raise ValueError(f'{label_file} holds the label {labels.max()}, but labels are 0 to 9')
-    return Images(images, labels)
+    last = first + len(vocab) - 1
+    for label in (labels.min(), labels.max()) if len(labels) else ():
+        if not first <= label <= last:
+            raise ValueError(f'{label_file} holds the label {label}, but labels are {first} to {last}')
+    return Images(images, (labels - first).to(torch.uint8), replace(PictureSpec(), vocab=vocab))
 
-# %% ../nbs/04_sources.ipynb #64dfb78b
+# %% ../nbs/04_sources.ipynb #94ba43e6
+_characters = string.digits + string.ascii_uppercase + string.ascii_lowercase
+_unlike_capitals = string.digits + string.ascii_uppercase + 'abdefghnqrt'
+_emnist = dict(letters=string.ascii_lowercase, balanced=_unlike_capitals, bymerge=_unlike_capitals,
+               byclass=_characters, digits=range(10), mnist=range(10))
+_clothes = 'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'
+_syllables = 'o', 'ki', 'su', 'tsu', 'na', 'ha', 'ma', 'ya', 're', 'wo'
+
+def _called(folder, name): return '/'.join([*folder.parts[-2:], name]).lower()
+
+def _emnist_part(folder, name):
+    "The part of EMNIST that a data set is, or `None`"
+    parts = re.findall(f'emnist[-_ ]({"|".join(_emnist)})', _called(folder, name))
+    return parts[-1] if parts else None
+
+def _classes(folder, name):
+    "The names of the classes, and the label of the first one"
+    if part := _emnist_part(folder, name): return tuple(_emnist[part]), 1 if part == 'letters' else 0
+    called = _called(folder, name)
+    if re.search('fashion[-_ ]?mnist', called): return _clothes, 0
+    return _syllables if re.search('(?<![a-z])kmnist', called) else tuple(range(10)), 0
+
+# %% ../nbs/04_sources.ipynb #ffd8fbc6
+@contextmanager
+def _named(path):
+    try: yield
+    except Exception as e: raise ValueError(f'{path} cannot be read: {e}') from e
+
+def _as_pixels(a):
+    "Whole numbers from 0 to 255 as a tensor of uint8, (N, 28, 28)"
+    a = np.asarray(a)
+    if math.prod(a.shape[1:]) != 784: raise ValueError(f'its images have the shape {_times(a.shape)}, not N×28×28')
+    if not len(a): raise ValueError('it holds no images')
+    if a.dtype.kind not in 'ui' or a.min() < 0 or a.max() > 255:
+        raise ValueError(f'its pixels are {a.dtype} from {a.min()} to {a.max()}, not whole numbers from 0 to 255')
+    return torch.from_numpy(a.astype(np.uint8).reshape(-1, 28, 28))
+
+def _as_labels(a):
+    "Whole numbers as a tensor of int64, (N,)"
+    a = np.asarray(a)
+    if a.dtype.kind not in 'ui' or a.size != len(a):
+        raise ValueError(f'its labels are {a.dtype} of the shape {_times(a.shape)}, not one whole number an image')
+    return torch.from_numpy(a.astype(np.int64).reshape(-1))
+
+# %% ../nbs/04_sources.ipynb #14f7aeec
+def _plainest(paths): return min(paths, key=lambda path: (path.suffix == '.gz', len(path.parts), path.name))
+
+def _read_idx_split(image_file, label_file):
+    "The images and the labels of two IDX files"
+    images = read_idx(image_file, (28,28))
+    if 'idx2' in label_file.name: return images, read_idx(label_file, (8,), ints=True)[:,0]
+    return images, read_idx(label_file)
+
+# %% ../nbs/04_sources.ipynb #69a2db47
+def _is_bright(images):
+    "Whether four fifths of the border of the images (..., H, W) are brighter than a middle grey"
+    border = [images[...,0,:], images[...,-1,:], images[...,0], images[...,-1]]
+    return np.mean(np.concatenate(border, -1) > 127) > 0.8
+
+def _wrong_size(im): return f'it is {im.width}×{im.height} pixels, not 28×28; {_other_pictures}'
+
 def _read_image(path):
     "The grey values of an image of 28×28 pixels, uint8 (28, 28)"
     with opened_picture(path) as im:
-        if im.size != (28,28): raise ValueError(f'it is {im.width}×{im.height} pixels, not 28×28')
-        if im.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'):
-            raise ValueError(f'it has the mode {im.mode!r}, not 8 bits a channel')
-        return np.array(im.convert('L'))
+        if im.size != (28,28): raise ValueError(_wrong_size(im))
+        has_alpha = im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info
+        is_transparent = has_alpha and im.convert('RGBA').getextrema()[3][0] < 255
+    grey = resized_picture(path, 28)[0]
+    return 255 - grey if is_transparent and _is_bright(grey) else grey
 
-# %% ../nbs/04_sources.ipynb #c40a85ff
+# %% ../nbs/04_sources.ipynb #ce6c1e0e
 def _name_order(path): return len(path.stem), path.stem, path.parent.name
 
 def _read_image_split(folder):
-    "The `Images` of all images in `folder`, whose subfolders are named `0` to `9`"
+    "The images in `folder`, and their labels, which are the names of its subfolders"
     paths = sorted(picture_files(folder), key=_name_order)
-    if not paths: raise FileNotFoundError(f'{folder} holds no images')
     labels = [path.parent.name for path in paths]
     for path,label in zip(paths, labels):
         if label not in list('0123456789'):
-            raise ValueError(f'{path} lies in the folder {label!r}, but folders have labels as names, 0 to 9')
+            raise ValueError(f'{path} lies in the folder {label!r}, but folders have labels as names, 0 to 9; '
+                             f'{_other_pictures}')
     images = np.stack([_read_image(path) for path in paths])
-    return Images(torch.from_numpy(images), torch.from_numpy(np.array(labels, np.uint8)))
+    return torch.from_numpy(images), torch.tensor([int(label) for label in labels])
 
-# %% ../nbs/04_sources.ipynb #2b628841
+# %% ../nbs/04_sources.ipynb #86b67494
+def _read_csv(path):
+    "The images and labels of a CSV file, or `None` where it has no labels"
+    with _named(path), open(path, encoding='utf-8-sig') as file:
+        head = next(csv.reader(file), [])
+        if len(head) == 784: return None
+        if len(head) != 785: raise ValueError(f'it has {len(head)} columns, not 785: a label and 28×28 pixels')
+        file.seek(0)
+        skip = 0 if head[0].isdigit() else 1
+        table = np.loadtxt(file, np.uint8, delimiter=',', skiprows=skip, quotechar='"', comments=None, ndmin=2)
+        at = next((i for i,name in enumerate(head) if name.lower() in ('label', 'class')), 0)
+        return _as_pixels(np.delete(table, at, axis=1)), _as_labels(table[:,at])
+
+# %% ../nbs/04_sources.ipynb #f3ddbff9
+def _read_npz(path, split='train'):
+    "The images and labels of `split` in an .npz file, or `None` where it has none"
+    with _named(path), np.load(path, allow_pickle=False) as arrays:
+        names = f'x_{split}', f'y_{split}'
+        if split == 'test' and not set(names) & set(arrays.files): return None
+        for name in names:
+            if name not in arrays.files: raise ValueError(f'it has {", ".join(arrays.files)}, but no {name}')
+            n_bytes = arrays.zip.getinfo(f'{name}.npy').file_size
+            if n_bytes > max(100*path.stat().st_size, 100_000_000):
+                raise ValueError(f'{name} is more than 100 times as large as the file')
+        x,y = [arrays[name] for name in names]
+        return _as_pixels(x), _as_labels(y)
+
+# %% ../nbs/04_sources.ipynb #ec71ab30
+def _picture_in(data):
+    "The grey values of the 28×28 pixels in the bytes of a picture file"
+    with Image.open(io.BytesIO(data)) as im:
+        if im.size != (28,28): raise ValueError(_wrong_size(im))
+        return resized_picture(im, 28)[0]
+
+def _read_parquet(path):
+    "The images and labels of a parquet file"
+    try: from pyarrow import __version__, parquet
+    except ImportError: __version__ = '0'
+    if int(__version__.split('.')[0]) < 15: # older ones may unpickle
+        raise ImportError(f'Reading {path} needs pyarrow 15 or newer: pip install --upgrade pyarrow')
+    with _named(path), parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if not {'image', 'label'} <= set(names):
+            raise ValueError(f'it has the columns {", ".join(names)}, not image and label')
+        table = file.read(columns=['image', 'label'])
+        pixels = [_picture_in(image['bytes']) for image in table['image'].to_pylist()]
+        return _as_pixels(np.stack(pixels)), _as_labels(table['label'].to_numpy())
+
+# %% ../nbs/04_sources.ipynb #bc5a43c7
+_readers = dict(idx=_read_idx_split, pictures=_read_image_split, csv=_read_csv, parquet=_read_parquet)
+
+def _pair(paths):
+    "The files of images and of labels to read, of those that there are"
+    for content,other in (('images','labels'), ('labels','images')):
+        if content not in paths: raise FileNotFoundError(f'{paths[other][0]} has no {content} beside it')
+    return [_plainest(paths[content]) for content in ('images', 'labels')]
+
+def _read_split(kind, files, split, vocab, first):
+    "The `Images` of `split`, or `None` where it has no labels"
+    paths = {content: paths for (of,content),paths in files.items() if of == split}
+    read = _readers.get(kind)
+    if kind == 'npz':
+        paths = {'all': files['train','all']}
+        read = partial(_read_npz, split=split)
+    groups = [_pair(paths)] if kind == 'idx' and paths else [[path] for path in paths.get('all', [])]
+    parts = [(read(*group), group) for group in groups]
+    if not parts or parts[0][0] is None: return None
+    parts = [_as_images(*arrays, group, vocab, first) for arrays,group in parts]
+    if len(parts) == 1: return parts[0]
+    images,labels = [torch.cat([getattr(part, name) for part in parts]) for name in ('images', 'labels')]
+    return Images(images, labels, parts[0].spec)
+
+# %% ../nbs/04_sources.ipynb #80756cec
+def _turned(digits): return Images(digits.images.transpose(1, 2).contiguous(), digits.labels, digits.spec)
+
+def _warn_if_bright(images, source):
+    if not _is_bright(images.numpy()): return
+    warnings.warn(f'{source}: the border of the images is bright. Predictions expect MNIST\'s light on black: '
+                  'invert the images (255 - value), or read pictures by image_dls')
+
 def load_digits(
-    source:str|Path=None, # Folder of IDX files, or with `training/` and `testing/`; `None`: the bundled MNIST
-) -> tuple[Images,Images]: # Training and test images, on the CPU
-    "Read all of `source`; raises `FileNotFoundError`, or `ValueError` if a file is damaged"
-    folder = mnist_path if source is None else check_folder(source)
-    if (folder/'training').is_dir():
-        return _read_image_split(folder/'training'), _read_image_split(folder/'testing')
-    folder = _idx_folder(folder)
-    return _read_idx_split(folder, 'train'), _read_idx_split(folder, 't10k')
+    source:str|Path=None, # Folder or file of a data set; `None`: the bundled MNIST
+) -> tuple[Images,Images]: # Training and test images, on the CPU; no test images where none have labels
+    "Read all of `source`; raises `FileNotFoundError`, or `ValueError` if it is damaged or no data set"
+    kind,folder,name,files = _data_set(mnist_path if source is None else check_source(source))
+    classes = _classes(folder, name)
+    train = _read_split(kind, files, 'train', *classes)
+    if train is None: raise ValueError(f'{folder/name} has no training images with labels. {_accepted}')
+    test = _read_split(kind, files, 'test', *classes) or train[:0]
+    if _emnist_part(folder, name) and kind in ('idx', 'csv'):
+        print(f'{folder/name}: EMNIST stores its images with rows and columns swapped; they are turned upright')
+        train,test = _turned(train), _turned(test)
+    _warn_if_bright(train.images, folder/name)
+    return train, test
