@@ -13,14 +13,15 @@ from functools import partial
 from numbers import Number
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.optim.swa_utils import update_bn
+import numpy as np
 import pandas as pd
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastcore.meta import delegates, use_kwargs_dict
 from fastai.callback.core import Callback
-from fastai.callback.schedule import combine_scheds, LRFinder, ParamScheduler, SchedLin
+from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import BaseLoss
@@ -233,14 +234,35 @@ class PreciseBN(Callback):
         for m in _dropouts(twin): m.p = 0.
         kernels = any(getattr(cb, 'engine', None) == 'kernels' for cb in self.learn.cbs)
         fused = fuse(twin) if kernels else twin
-        with kernel_threads(fused): update_bn(dl, fused, next(twin.parameters()).device)
+        with kernel_threads(fused): _average_moments(fused, dl)
         model.load_state_dict(twin.state_dict())
+
+@torch.no_grad()
+def _average_moments(model, dl):
+    "Replace BatchNorm's running statistics by their means over the batches of `dl`"
+    norms = [m for m in model.train().modules() if isinstance(m, _BatchNorm)]
+    if not norms: return
+    for m in norms: m.reset_running_stats()
+    device = next(model.parameters()).device
+    for i,(x,*_) in enumerate(dl, 1):
+        for m in norms: m.momentum = 1/i
+        model(x.to(device))
 
 def _copied(model):
     "A copy of `model` with the same hooks, since those of `ActivationStats` cannot always be copied"
     names = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
     hooks = [getattr(m, name) for m in model.modules() for name in names]
     return deepcopy(model, memo={id(h): h for h in hooks})
+
+# %% ../nbs/10_learner.ipynb #41d6ab08
+def _up_and_down(lr, pct_start):
+    "Learning rate as a function of the share of the fit that is done: from 0 to `lr`, then back to 0"
+    top = np.float32(pct_start)
+    end = top + np.float32(1 - pct_start)
+    def rate(pct):
+        pct = np.float32(pct)
+        return float(pct/top)*lr if pct < top else lr - float((pct - top)/(end - top))*lr
+    return rate
 
 # %% ../nbs/10_learner.ipynb #127d1392
 def _tuned_changes(learn, mom, wd, nesterov, drop, aug, elastic, **kwargs):
@@ -254,8 +276,7 @@ def _tuned_changes(learn, mom, wd, nesterov, drop, aug, elastic, **kwargs):
     return changes
 
 def _tuned_cbs(lr, pct_start, precise_bn, **kwargs):
-    rate = combine_scheds([pct_start, 1-pct_start], [SchedLin(0., lr), SchedLin(lr, 0.)])
-    return [ParamScheduler({'lr': rate})] + ([PreciseBN()] if precise_bn else [])
+    return [ParamScheduler({'lr': _up_and_down(lr, pct_start)})] + ([PreciseBN()] if precise_bn else [])
 
 # %% ../nbs/10_learner.ipynb #5076499b
 @patch
