@@ -29,17 +29,17 @@ def main():
     p.add_argument('--out', type=Path, default=here.parent/'nbs'/'results'/'speed'/'deterministic.json')
     args = p.parse_args()
     rows = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    about = dict(start=start(), epochs=args.epochs, n_train=args.n_train)
+    about |= run_environment(torch.device(args.device))
     for i in range(args.rounds):
         for deterministic in (False, True):
             seconds,engine,weights = fit(deterministic, args)
             row = dict(round=i, deterministic=deterministic, engine=engine, weights=weights)
             rows += [row | dict(seconds=s) for s in seconds]
+            args.out.write_text(json.dumps(about | dict(rows=rows), indent=1))
     table = pd.DataFrame(rows).groupby('deterministic')
     print(table.seconds.agg(['min', 'median']).assign(different_weights=table.weights.nunique()))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    about = dict(start=start(), epochs=args.epochs, n_train=args.n_train)
-    about |= run_environment(torch.device(args.device))
-    args.out.write_text(json.dumps(about | dict(rows=rows), indent=1))
 
 
 if __name__ == '__main__': main()

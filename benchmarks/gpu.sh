@@ -16,7 +16,7 @@ check)
   step 150 $python -m pytest -q -n 4 --timeout 60 -m cuda tests/test_fast.py tests/test_resume.py
   step 120 $python benchmarks/bench.py --device $device --rounds 1 --only fast reference --whole --n_train $n_bench --out "$out/cuda.json" ;;
 study)
-  step 120 $python benchmarks/deterministic.py --device $device --n_train $n_bench --out "$out/deterministic.json"
-  step 240 $python benchmarks/gpu.py study "$out/study.json" --device $device --n_train $n_train
-  step 120 $python benchmarks/bench.py --device $device --rounds 1 --only plain pytorch 'pytorch compiled' 'fast bf16' --n_train $n_bench --out "$out/ways.json" ;;
+  step 90 $python benchmarks/deterministic.py --device $device --n_train $n_bench --out "$out/deterministic.json"
+  step 200 $python benchmarks/gpu.py study "$out/study.json" --device $device --n_train $n_train
+  step 110 $python benchmarks/bench.py --device $device --rounds 1 --only plain pytorch 'pytorch compiled' 'fast bf16' --n_train $n_bench --out "$out/ways.json" ;;
 esac

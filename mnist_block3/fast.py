@@ -278,10 +278,9 @@ def epoch_schedule(
     hypers = learn.opt.hypers
     table = {k: np.tile([float(h[k]) for h in hypers], (n_steps,1)) for k in ('lr','mom')}
     step = 1./(n_steps*learn.n_epoch)
-    pcts = np.cumsum([learn.epoch/learn.n_epoch] + [step]*(n_steps-1)) # as fastai adds them up
+    pcts = np.cumsum([learn.epoch/learn.n_epoch] + [step]*(n_steps-1)).tolist() # as fastai adds them up
     for cb in schedulers(learn):
-        for k,f in cb.scheds.items():
-            table[k] = np.stack([np.broadcast_to(np.asarray(f(pct), float), len(hypers)) for pct in pcts])
+        for k,f in cb.scheds.items(): table[k][:] = np.reshape([f(pct) for pct in pcts], (n_steps, -1))
     return table
 
 # %% ../nbs/10_fast.ipynb #75baa0a3

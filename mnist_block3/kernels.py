@@ -430,8 +430,8 @@ class PythonState:
         parts = [part for o in objects for part in (o.modules() if isinstance(o, nn.Module) else [o])]
         self.objects = [part for part in parts if hasattr(part, '__dict__')]
         self.attrs = [{k: (v, _content(v)) for k,v in vars(o).items()} for o in self.objects]
-        modules = [o for o in self.objects if isinstance(o, nn.Module)]
-        self.buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
+        values = [v for o in self.objects for v in [*getattr(o, '_buffers', {}).values(), *vars(o).values()]]
+        self.tensors = [(v, v.clone()) for v in values if isinstance(v, torch.Tensor)]
         self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.seen = self._look()
 
@@ -447,8 +447,8 @@ class PythonState:
             for k,(v,content) in attrs.items():
                 vars(o)[k] = v
                 if content is not None: _refill(v, content)
-        for b,value in self.buffers:
-            if not torch.equal(b, value): b.copy_(value)
+        for t,value in self.tensors:
+            if not torch.equal(t, value): t.copy_(value)
         setters = random.setstate, np.random.set_state, torch.set_rng_state
         for setter,state in zip(setters, self.random): setter(state)
 

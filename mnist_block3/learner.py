@@ -13,14 +13,15 @@ from functools import partial
 from numbers import Number
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.optim.swa_utils import update_bn
+import numpy as np
 import pandas as pd
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastcore.meta import delegates, use_kwargs_dict
 from fastai.callback.core import Callback
-from fastai.callback.schedule import combine_scheds, LRFinder, ParamScheduler, SchedLin
+from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
@@ -293,10 +294,31 @@ class PreciseBN(Callback):
         for m in _dropouts(twin): m.p = 0.
         kernels = any(getattr(cb, 'engine', None) == 'kernels' for cb in self.learn.cbs)
         fused = fuse(twin) if kernels else twin
-        with kernel_threads(fused): update_bn(dl, fused, next(twin.parameters()).device)
+        with kernel_threads(fused): _average_moments(fused, dl)
         model.load_state_dict(twin.state_dict())
 
-# %% ../nbs/11_learner.ipynb #fc299e1d
+@torch.no_grad()
+def _average_moments(model, dl):
+    "Replace BatchNorm's running statistics by their means over the batches of `dl`"
+    norms = [m for m in model.train().modules() if isinstance(m, _BatchNorm)]
+    if not norms: return
+    for m in norms: m.reset_running_stats()
+    device = next(model.parameters()).device
+    for i,(x,*_) in enumerate(dl, 1):
+        for m in norms: m.momentum = 1/i
+        model(x.to(device))
+
+# %% ../nbs/11_learner.ipynb #41d6ab08
+def _up_and_down(lr, pct_start):
+    "Learning rate as a function of the share of the fit that is done: from 0 to `lr`, then back to 0"
+    top = np.float32(pct_start)
+    end = top + np.float32(1 - pct_start)
+    def rate(pct):
+        pct = np.float32(pct)
+        return float(pct/top)*lr if pct < top else lr - float((pct - top)/(end - top))*lr
+    return rate
+
+# %% ../nbs/11_learner.ipynb #127d1392
 def _augmentation(dls, aug, elastic):
     "The random transforms of `fit_tuned`: `Distort`, and a `Mirror` that `dls` has"
     mirrors = dls.train.after_batch.fs.filter(lambda tfm: isinstance(tfm, Mirror))
@@ -314,8 +336,7 @@ def _tuned_changes(learn, mom, wd, nesterov, drop, aug, elastic, **kwargs):
     return changes
 
 def _tuned_cbs(lr, pct_start, precise_bn, **kwargs):
-    rate = combine_scheds([pct_start, 1-pct_start], [SchedLin(0., lr), SchedLin(lr, 0.)])
-    return [ParamScheduler({'lr': rate})] + ([PreciseBN()] if precise_bn else [])
+    return [ParamScheduler({'lr': _up_and_down(lr, pct_start)})] + ([PreciseBN()] if precise_bn else [])
 
 # %% ../nbs/11_learner.ipynb #5076499b
 @patch

@@ -1,8 +1,9 @@
 "The fast path against fastai's own loop, on a CPU, and with `pytest -m cuda` on a GPU"
-import copy, itertools
+import copy, itertools, time
 from functools import partial
 import fastai.callback.progress, numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from fastai.callback.core import _inner_loop
 from fastprogress.fastprogress import ConsoleMasterBar, NBMasterBar
@@ -226,9 +227,19 @@ class Counting(nn.Sequential):
         return super().forward(x*np.random.uniform(0.9, 1.1) + 0.1*self.n_calls)
 def counting(): return Counting(linear())
 
+class CountingInPlace(nn.Sequential):
+    "Counts its steps in a tensor that is no buffer"
+    def forward(self, x):
+        if self.training: self.n_calls += 1
+        return super().forward(x + 0.1*self.n_calls)
+def counting_in_place():
+    model = CountingInPlace(linear())
+    model.n_calls = torch.zeros(())
+    return model
+
 @pytest.mark.parametrize('device,model,want', [
     ('cpu', linear, 'fast'), on_cuda('cuda', linear, 'fast'), ('cpu', counting, 'fast'),
-    on_cuda('cuda', counting, 'plain'), ('cpu', partial(hooked, 'module'), 'plain'),
+    on_cuda('cuda', counting, 'plain'), ('cpu', counting_in_place, 'fast'), ('cpu', partial(hooked, 'module'), 'plain'),
     ('cpu', partial(hooked, 'gradient'), 'plain'),
 ])
 def test_models(device, model, want): train_both(device, want=want, model=model)
@@ -281,6 +292,41 @@ def test_steps_are_prepared_once_a_fit(monkeypatch):
     learn.fit(3)
     learn.fit_one_cycle(3)
     assert len(prepared) == 2 and learn.fast_epoch.steps is None
+
+class CountOps(TorchDispatchMode):
+    n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+@pytest.fixture
+def instant(monkeypatch):
+    "Steps and predictions take no time: what remains of an epoch is what a GPU would wait for"
+    def predict(cb, dl, idxs): return torch.zeros(len(idxs), 10), torch.zeros(len(idxs), dtype=torch.long)
+    monkeypatch.setattr(Steps, '__call__', lambda steps, i: None)
+    monkeypatch.setattr(FastEpoch, '_predict', predict)
+
+both_recipes = pytest.mark.parametrize('fit', [
+    lambda learn, n: learn.fit(n), lambda learn, n: learn.fit_tuned(n, precise_bn=False)], ids=['fit', 'fit_tuned'])
+
+@both_recipes
+def test_between_two_epochs_no_operation_is_done_step_by_step(instant, fit):
+    def n_ops(n_train):
+        learn = make(data=dict(valid='test', n_train=n_train))
+        with CountOps() as count: fit(learn, 3)
+        assert learn.fast_epoch.engine == 'kernels' and len(learn.recorder.losses) == 3*n_train//16
+        return count.n
+    assert n_ops(320) == n_ops(3200)
+
+@pytest.mark.slow
+@both_recipes
+def test_between_two_epochs_the_host_is_soon_done(instant, monkeypatch, mnist, fit):
+    "In 5 to 6 ms on a machine with other work; before the schedule and the order of images were cheap, 13 and 48"
+    monkeypatch.setattr('mnist_block3.data.load_digits', lambda source=None: mnist)
+    ended = []
+    cb = partial(Callback, after_epoch=lambda cb: ended.append(time.perf_counter()))
+    fit(make(data=dict(valid='test', n_train=None, bs=64), model=Block3, cbs=cb), 30)
+    assert np.diff(ended).min() < 0.012
 
 def test_an_exception_leaves_nothing_stale(device, tmp_path):
     def boom(cb): raise ValueError('boom')

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from recorder import install
 from mnist_block3.all import (
     Block3, block3_learner, Callback, Checkpoint, CropRotate, CrossEntropyLossFlat, Distort, history, mnist_dls,
-    ProgressCallback, set_seed)
+    ParamScheduler, ProgressCallback, SchedLin, set_seed)
 from mnist_block3.sources import Images
 from mnist_block3.kernels import PythonState
 from mnist_block3.steps import Steps
@@ -23,13 +23,26 @@ def new_learner(model=None, data={}, **kwargs):
     return learn
 
 
+class Dims(CropRotate):
+    "Multiplies images by a number that is in a list"
+    def __init__(self):
+        super().__init__()
+        self.limits = [0., 1.]
+    def augment(self, x): return super().augment(x)*self.limits[1]
+
 def fit_three(learn): learn.fit(3)
 def fit_tuned(learn): learn.fit_tuned(3)
 def one_cycle(learn): learn.fit_one_cycle(2, 0.1)
 def two_fits(learn): learn.fit(1); learn.fit_tuned(1); learn.fit(2)
 def everything(learn):
     "Scheduled rate and momentum, weight decay, Nesterov, elastic bending and dropout"
-    learn.fit_tuned(2, wd=1e-2, nesterov=True, elastic=0.5, drop=0.1)
+    mom = ParamScheduler({'mom': SchedLin(0.7, 0.9)})
+    learn.fit_tuned(2, wd=1e-2, nesterov=True, elastic=0.5, drop=0.1, cbs=mom)
+def other_limits(learn):
+    "A list in a transform changes between two epochs"
+    tfm = learn.dls.train.after_batch.fs[1] = Dims()
+    def change(cb): tfm.limits[1] = 1. - 0.2*cb.epoch
+    learn.fit(3, cbs=Callback(before_epoch=change))
 def resumed(learn, folder):
     def stop(cb):
         if cb.epoch == 1: raise KeyboardInterrupt
@@ -37,7 +50,7 @@ def resumed(learn, folder):
     learn.fit(3, cbs=Checkpoint(folder/'c', resume=True))
 
 
-@pytest.mark.parametrize('fit', [fit_three, fit_tuned, one_cycle, two_fits, everything, resumed])
+@pytest.mark.parametrize('fit', [fit_three, fit_tuned, one_cycle, two_fits, everything, other_limits, resumed])
 def test_graph_equals_the_eager_steps_to_the_bit(at_hand, monkeypatch, tmp_path, fit):
     "Weights, losses and history, with a short last batch"
     if fit is resumed: eager_fit,fit = fit_three,partial(resumed, folder=tmp_path)

@@ -233,11 +233,11 @@ def test_precise_statistics_are_taken_once_and_whole(dls64, monkeypatch):
     "If you interrupt the computation, the statistics of the training stay"
     learn = learner64(dls64)
     epochs = []
-    def interrupted(dl, model, device):
+    def interrupted(model, dl):
         epochs.append(learn.epoch)
         model.input_block[2].running_mean.zero_()
         raise KeyboardInterrupt
-    monkeypatch.setattr('mnist_block3.learner.update_bn', interrupted)
+    monkeypatch.setattr('mnist_block3.learner._average_moments', interrupted)
     with pytest.raises(KeyboardInterrupt): learn.fit_tuned(2, aug=0.)
     assert epochs == [1] and learn.model.input_block[2].running_mean.any()
 
