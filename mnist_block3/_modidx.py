@@ -206,6 +206,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mnist_block3.images': { 'mnist_block3.images._check_table': ('images.html#_check_table', 'mnist_block3/images.py'),
                                      'mnist_block3.images._fits': ('images.html#_fits', 'mnist_block3/images.py'),
                                      'mnist_block3.images._is_grey': ('images.html#_is_grey', 'mnist_block3/images.py'),
+                                     'mnist_block3.images._is_share': ('images.html#_is_share', 'mnist_block3/images.py'),
                                      'mnist_block3.images._mean_std': ('images.html#_mean_std', 'mnist_block3/images.py'),
                                      'mnist_block3.images._memory': ('images.html#_memory', 'mnist_block3/images.py'),
                                      'mnist_block3.images._of_df': ('images.html#_of_df', 'mnist_block3/images.py'),

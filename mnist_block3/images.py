@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['max_share', 'picture_table', 'deal_splits', 'read_pictures', 'get_pictures', 'image_dls']
 
-# %% ../nbs/06_images.ipynb #6a83b7ac
+# %% ../nbs/06_images.ipynb #ac4be5c7
 import math, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +16,7 @@ import torch
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 from fastai.data.core import DataLoaders
-from .basics import check_choice, check_count, check_share, check_size
+from .basics import check_choice, check_count, check_size
 from .data import CropRotate, get_device, image_block, Mirror
 from .picture import picture_files, PictureSpec, resizes
 from .settings import check_folder, protocols
@@ -190,7 +190,9 @@ def get_pictures(
     spec = replace(spec, **_mean_std(images[train].numpy()))
     return Images(images, labels, spec, (train, evaluated))
 
-# %% ../nbs/06_images.ipynb #e12f0e38
+# %% ../nbs/06_images.ipynb #b4f03b66
+def _is_share(v): return isinstance(v, float) and 0 < v < 1
+
 def _read_later(table, spec, valid, seed, **kwargs):
     "Pairs of path and class, their splits, and a spec with mean and std of 500 training images"
     train,evaluated = deal_splits(table, valid, seed)
@@ -221,7 +223,8 @@ def image_dls(
     check_size(size=size)
     check_count(bs=bs)
     check_choice('resize', resize, resizes)
-    if valid not in protocols: check_share(valid=valid)
+    if valid not in protocols and not _is_share(valid):
+        raise ValueError(f'valid={valid!r}: valid is a share of the pictures, or one of {", ".join(protocols)}')
     device = get_device(device)
     table = picture_table(folder, **kwargs)
     n_in = 1 if colour is False else 3

@@ -6,9 +6,10 @@
 __all__ = ['run_files', 'default_run_dir', 'new_run_dir', 'run_environment', 'EpochLines', 'JudgeAlso', 'train_run',
            'read_settings', 'resume_run']
 
-# %% ../nbs/15_run.ipynb #0238aaae
+# %% ../nbs/15_run.ipynb #ac64b0ea
 import hashlib, io, json, math, os, platform, time
 from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ from .data import get_device, mnist_dls
 from .evaluate import plot_history
 from .images import image_dls
 from .learner import block3_learner, history
-from .model import safetensors_bytes
+from .model import safetensors_bytes, spec_of
 from .settings import recipe_settings, run_settings
 
 # %% ../nbs/15_run.ipynb #ea4e1e76
@@ -82,7 +83,7 @@ def _results(rows):
     return dict(accuracy=correct/total, loss=loss, correct=correct, total=total, best_epoch=int(best.epoch),
                 best_accuracy=int(best.correct)/total, train_seconds=float(rows.seconds.sum()))
 
-# %% ../nbs/15_run.ipynb #7fd0c9fb
+# %% ../nbs/15_run.ipynb #67e46654
 def _save_run(learn, folder, evaluated_on, **summary):
     "Write history, weights, plots and, at last, the summary of a trained `learn` into `folder`"
     rows = history(learn)
@@ -93,7 +94,8 @@ def _save_run(learn, folder, evaluated_on, **summary):
     fig.savefig(png, dpi=120)
     plt.close(fig)
     write_whole(folder/'plots.png', png.getvalue())
-    summary |= run_environment(learn.dls.device) | dict(results=_results(rows))
+    pictures = asdict(spec_of(get_model(learn.model)))
+    summary |= run_environment(learn.dls.device) | dict(results=_results(rows), pictures=pictures)
     write_whole(folder/'summary.json', json.dumps(summary, indent=2, allow_nan=False).encode())
 
 # %% ../nbs/15_run.ipynb #3c3a8f93
