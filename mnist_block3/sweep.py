@@ -149,14 +149,15 @@ def _has(self:Study, run):
     return len(rows) > 0
 
 # %% ../nbs/16_sweep.ipynb #60b7e8a0
-def _setting_names(recipe): return (*_named[2:], 'size', 'resize', 'flip', 'reproducible', *recipe_settings(recipe))
+def _setting_names(recipe):
+    return *_named[2:], 'size', 'resize', 'flip', 'reproducible', *recipe_settings(recipe)
 
 def _is_unknown(k, v):
     "Whether an old run did not record the setting `k`; three others may be `None`"
     return pd.isna(v) and k not in ('source', 'n_train', 'size')
 
 def _values(rows, k):
-    "The values of the setting `k` in rows of `study.csv`, each once and in order, as `run_settings` takes them"
+    "The values of the setting `k` in rows of `study.csv`, each once, in order, for `run_settings`"
     values = {None if pd.isna(v) else v for v in rows[k].tolist() if not _is_unknown(k, v)}
     values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     return sorted(values, key=lambda v: (v is None, isinstance(v, str), v))
@@ -172,12 +173,14 @@ def of(self:Study,
     "The finished runs of `recipe` with these settings; raises `ValueError` where there are none"
     rows = self.read()
     asked = {k: v if pd.api.types.is_list_like(v) else [v] for k,v in kwargs.items()}
-    free = dict(seed=rows.seed.unique()) | {k: asked.pop(k) for k in ('seed', 'size') if k in asked} # need no source
+    free = dict(seed=rows.seed.unique()) # beside `run_settings`, which takes no size without a source
+    free |= {k: asked.pop(k) for k in ('seed', 'size') if k in asked}
     runs = [run | dict(zip(free, values)) for run in sweep_grid([recipe], [0], asked)
             for values in itertools.product(*free.values())]
     ours = rows[rows.recipe == recipe]
-    others = ', '.join(map(str, rows.recipe.unique())) or 'no others'
-    if not len(ours): raise ValueError(f'{self.folder} has no finished run of the {recipe} recipe; it has {others}')
+    if not len(ours):
+        others = ', '.join(map(str, rows.recipe.unique())) or 'no others'
+        raise ValueError(f'{self.folder} has no finished run of the {recipe} recipe; it has {others}')
     have = {k: _values(ours, k) for k in _setting_names(recipe) if k in ours}
     shared = {k: v[0] for k,v in have.items() if len(v) == 1 and k not in kwargs}
     found = rows[rows.run.isin([run_name(run | shared) for run in runs])]
@@ -376,7 +379,7 @@ def _runs_in(given, name=None):
     if not isinstance(given, pd.DataFrame):
         raise ValueError(f'{given!r} is no learner, run folder, study or rows of one')
     if 'study' not in given.attrs:
-        raise ValueError('These rows do not say which study has their curves: take them from `Study.of` or `Study.read`')
+        raise ValueError('These rows do not say which study they are of: take them from `Study.of` or `Study.read`')
     epochs = Study(given.attrs['study']).read('epochs')
     return [dict(name=name or row['run'], settings=_recorded(row), results={k: row[k] for k in _results},
                  curve=epochs[epochs.run == row['run']]) for row in given.to_dict('records')]
@@ -409,7 +412,7 @@ def _style(i):
     return dict(color=_colors[i%n], marker='os^vDPX*'[i%n], linestyle=line, markersize=4, linewidth=1.2)
 
 def _axis(measure, valid):
-    "The name of the axis for 'accuracy' or 'loss' by the protocol `valid`, and the factor of the values on it"
+    "Name of the axis for 'accuracy' or 'loss' by the protocol `valid`, and factor of the values on it"
     check_choice('measure', measure, ('accuracy', 'loss'))
     if measure == 'loss': return f'{valid or "evaluation"} loss', 1
     return f'{protocols.get(valid, "evaluation accuracy")} in %', 100
@@ -447,13 +450,11 @@ def _plot_curves(runs, names, measure, ax):
     styles = {name: _style(i) for i,name in enumerate(n_runs)}
     words = [textwrap.fill(f'{name} ({n} runs)' if n > 1 else str(name), 55) for name,n in n_runs.items()]
     n_lines = '\n'.join(words).count('\n') + 1
-    if ax is None: ax = plt.subplots(figsize=(5, 3.3 + 0.2*n_lines), layout='constrained')[1]
-    curves = []
-    lines = {}
-    for run,name in zip(runs, names):
+    for run in runs:
         if f'valid_{measure}' not in run['curve']: raise ValueError(f'{run["name"]} has no {measure} by epoch')
-        curves.append(scale*run['curve'].set_index('epoch')[f'valid_{measure}'])
-        lines[name], = ax.plot(curves[-1], **styles[name])
+    if ax is None: ax = plt.subplots(figsize=(5, 3.3 + 0.2*n_lines), layout='constrained')[1]
+    curves = [scale*run['curve'].set_index('epoch')[f'valid_{measure}'] for run in runs]
+    lines = {name: ax.plot(curve, **styles[name])[0] for name,curve in zip(names, curves)}
     _frame_later_half(ax, curves, measure)
     ax.legend(lines.values(), words, loc='upper left', bbox_to_anchor=(-0.1, -0.17), borderaxespad=0,
               frameon=False, fontsize=9)
@@ -488,7 +489,8 @@ def _plot_values(ax, rows, k, measure, scale):
     values = _values(rows, k)
     groups = [scale*_having(rows, k, v)[measure].dropna() for v in values]
     xs = [i - 0.2 + 0.08*(j%3) for i,group in enumerate(groups) for j in range(len(group))] # few hide another
-    ax.plot(xs, [y for group in groups for y in group], 'o', color=_colors[0], markersize=4, alpha=0.7, label='a run')
+    ys = [y for group in groups for y in group]
+    ax.plot(xs, ys, 'o', color=_colors[0], markersize=4, alpha=0.7, label='a run')
     ax.errorbar([i + 0.2 for i in range(len(values))], [g.mean() for g in groups], [g.std() for g in groups],
                 fmt='ks', markersize=5, capsize=4, label='mean ± standard deviation')
     ax.set_xticks(range(len(values)), [f'{_value_words(v)}\nn = {len(g)}' for v,g in zip(values, groups)])
@@ -498,11 +500,12 @@ def _plot_values(ax, rows, k, measure, scale):
 
 # %% ../nbs/16_sweep.ipynb #9a973cac
 def _plot_grid(ax, rows, kx, ky, measure, scale):
-    "The values of two settings as columns and rows, with mean, standard deviation and number of runs in each cell"
+    "The values of two settings as columns and rows; each cell has mean, standard deviation and number of runs"
     xs = _values(rows, kx)
     ys = _values(rows, ky)
     cells = [[scale*_having(_having(rows, kx, x), ky, y)[measure].dropna() for x in xs] for y in ys]
-    image = ax.imshow([[cell.mean() for cell in row] for row in cells], cmap='cividis', aspect='auto', origin='lower')
+    means = [[cell.mean() for cell in row] for row in cells]
+    image = ax.imshow(means, cmap='cividis', aspect='auto', origin='lower')
     middle = sum(image.get_clim())/2
     form = '.2f' if measure == 'accuracy' else '.4f'
     for i,row in enumerate(cells):
@@ -519,8 +522,9 @@ def _plot_grid(ax, rows, kx, ky, measure, scale):
 def _in_common(row, settings):
     "The recipe, the epochs, and what else is not at its default, for a title"
     own = run_settings(recipe=row['recipe'])
-    told = [k for k in _recorded(row) if k == 'epochs' or k in own and _name_value(row[k]) != _name_value(own[k])]
-    return _words({k: row[k] for k in ['recipe', *told] if k not in ('seed', 'valid', *settings)})
+    changed = [k for k in _recorded(row) if _name_value(row[k]) != _name_value(own[k])]
+    told = dict.fromkeys(['recipe', 'epochs', *changed])
+    return _words({k: row[k] for k in told if k not in ('seed', 'valid', *settings)})
 
 def _swept(study, settings, recipe, kwargs):
     "The rows of `study` that agree in all but `settings` and the seed"
@@ -528,7 +532,8 @@ def _swept(study, settings, recipe, kwargs):
     recipes = list(rows.recipe.unique())
     if recipe is None and len(recipes) == 1: recipe = recipes[0]
     if recipe not in recipes:
-        raise ValueError(f'recipe={recipe!r}: {study.folder} has runs of {", ".join(map(str, recipes)) or "no recipe"}')
+        has = ', '.join(map(str, recipes)) or 'no recipe'
+        raise ValueError(f'recipe={recipe!r}: {study.folder} has runs of {has}')
     for k in settings: check_choice('setting', k, [k for k in _setting_names(recipe) if k in rows])
     return study.of(recipe, **{k: _values(rows[rows.recipe == recipe], k) for k in settings} | kwargs)
 

@@ -45,9 +45,7 @@ def folder(tmp_path_factory):
     return train_run(tmp_path_factory.mktemp('runs')/'a', epochs=2, n_train=64, valid='reference', device='cpu')[1]
 
 
-def points(figure_or_axes):
-    axes = figure_or_axes.axes if hasattr(figure_or_axes, 'axes') and isinstance(figure_or_axes.axes, list) else [figure_or_axes]
-    return [line.get_xydata().tolist() for ax in axes for line in ax.lines]
+def points(*axes): return [line.get_xydata().tolist() for ax in axes for line in ax.lines]
 
 
 # Study.of
@@ -104,7 +102,7 @@ def test_plot_history_of(kind, trained, folder):
     given = dict(learner=trained, table=history(trained), folder=folder)[kind]
     rows = pd.read_csv(folder/'history.csv', engine='python') if kind == 'folder' else history(trained)
     columns = rows.train_loss, rows.valid_loss, 100*rows.train_accuracy, 100*rows.valid_accuracy
-    assert points(plot_history(given)) == [list(map(list, zip(rows.epoch, column))) for column in columns]
+    assert points(*plot_history(given).axes) == [list(map(list, zip(rows.epoch, column))) for column in columns]
 
 
 def test_plot_history_of_a_folder_names_its_protocol(folder):
@@ -173,6 +171,14 @@ def test_compare_a_learner_a_folder_and_a_row(trained, folder, study):
     assert table.accuracy.iloc[1] == summary['results']['accuracy'] and table.seconds.iloc[1] == summary['seconds']
     assert table.recipe.tolist()[1:] == ['reference', 'tuned'] and table.valid.tolist()[1:] == ['reference', 'holdout']
     assert plt.gca().get_ylabel() == 'evaluation accuracy in %'
+
+
+def test_compare_without_accuracy(small_dls):
+    learn = block3_learner(small_dls, metrics=[])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    with pytest.raises(ValueError, match='learner 1 has no accuracy by epoch'): compare(learn)
+    assert not plt.get_fignums()
+    assert compare(learn, measure='loss').loss.tolist() == history(learn).valid_loss.tolist()
 
 
 def test_compare_draws_into_given_axes(trained):
