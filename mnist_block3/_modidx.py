@@ -349,6 +349,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mnist_block3.learner._leaving_autocast': ( 'learner.html#_leaving_autocast',
                                                                                   'mnist_block3/learner.py'),
                                       'mnist_block3.learner._rows_until': ('learner.html#_rows_until', 'mnist_block3/learner.py'),
+                                      'mnist_block3.learner._same_random_numbers': ( 'learner.html#_same_random_numbers',
+                                                                                     'mnist_block3/learner.py'),
                                       'mnist_block3.learner._sgd_groups': ('learner.html#_sgd_groups', 'mnist_block3/learner.py'),
                                       'mnist_block3.learner._sizes': ('learner.html#_sizes', 'mnist_block3/learner.py'),
                                       'mnist_block3.learner._some_images': ('learner.html#_some_images', 'mnist_block3/learner.py'),

@@ -22,8 +22,9 @@ from .picture import picture_files, PictureSpec, resizes
 from .settings import check_folder, protocols
 from .sources import Images
 
-# %% ../nbs/06_images.ipynb #3147f9f9
-_splits = dict(train='train', training='train', valid='valid', validation='valid', val='valid', test='test', testing='test')
+# %% ../nbs/06_images.ipynb #793000f6
+_splits = dict(train='train', training='train', test='test', testing='test',
+               valid='valid', validation='valid', val='valid')
 
 def _split_of(path, folder):
     "'train', 'valid' or 'test', if `path` lies in a folder of such a name in `folder`, else ''"
@@ -37,7 +38,7 @@ def _of_folder(folder, label_func):
     labels = [str(label_func(path)) for path in paths]
     return pd.DataFrame(dict(path=paths, label=labels, split=splits))
 
-# %% ../nbs/06_images.ipynb #c371de70
+# %% ../nbs/06_images.ipynb #f7ec47d7
 def _of_df(folder, df, fn_col, label_col, valid_col):
     "The table of the pictures that `df` lists; its columns are given by name or number"
     def column(col): return df.iloc[:,col] if isinstance(col, int) else df[col]
@@ -45,14 +46,16 @@ def _of_df(folder, df, fn_col, label_col, valid_col):
     except (KeyError, IndexError) as e:
         raise ValueError(f'{e} is no column of the table; it has {", ".join(map(str, df.columns))}') from e
     splits = '' if valid_col is None else np.where(column(valid_col).astype(bool), 'valid', 'train')
-    table = pd.DataFrame(dict(path=[folder/str(name) for name in names], label=labels.astype(str), split=splits))
+    paths = [folder/str(name) for name in names]
+    table = pd.DataFrame(dict(path=paths, label=labels.astype(str), split=splits))
     labelled = table.drop_duplicates(['path', 'label'])
     twice = labelled[labelled.path.duplicated()]
     if len(twice): raise ValueError(f'{twice.path.iloc[0]} has two labels in the table')
     return labelled.reset_index(drop=True)
 
-# %% ../nbs/06_images.ipynb #efd66403
-_layouts = 'Accepted are folders with the names of the classes, or train/ and valid/ (and test/) with such folders in each'
+# %% ../nbs/06_images.ipynb #28b1ee89
+_layouts = ('Accepted are folders with the names of the classes, '
+            'or train/ and valid/ (and test/) with such folders in each')
 
 def _check_table(table, folder):
     "Raise `ValueError` for pictures that cannot be trained on"
@@ -63,13 +66,14 @@ def _check_table(table, folder):
     alike = {}
     for name in names:
         other = alike.setdefault(name.strip().casefold(), name)
-        if other != name: raise ValueError(f'{folder}: the classes {other!r} and {name!r} differ by case or spaces only')
+        if other != name:
+            raise ValueError(f'{folder}: the classes {other!r} and {name!r} differ by case or spaces only')
     rare = counts.index[counts < 2]
-    if len(rare): raise ValueError(f'{folder}: the class {rare[0]!r} has one picture; a class has at least two')
+    if len(rare): raise ValueError(f'{folder}: the class {rare[0]!r} has one picture, but needs two')
 
 def picture_table(
     folder:str|Path, # Folder of the pictures
-    labels=None, # `None`: a picture's folder is its class; or a function of the path; or a table or its CSV file
+    labels=None, # `None`: the name of the picture's folder; or a function of the path, a table, a CSV file
     fn_col:int|str=0, # Column of the file names in the table, which are relative to `folder`
     label_col:int|str=1, # Column of the labels
     valid_col:int|str=None, # Column that is true for evaluation pictures, if there is one
@@ -82,7 +86,7 @@ def picture_table(
     _check_table(table, folder)
     return table
 
-# %% ../nbs/06_images.ipynb #1037470e
+# %% ../nbs/06_images.ipynb #4cf73b95
 def _put_aside(table, split, share, seed):
     "Move a random share of each class, at least one picture, from 'train' to `split`"
     rng = np.random.default_rng(seed)
@@ -92,7 +96,7 @@ def _put_aside(table, split, share, seed):
 
 def deal_splits(
     table:pd.DataFrame, # From `picture_table`
-    valid:float|str=0.2, # Share of the pictures to evaluate on if they have no split; or 'test', 'holdout', 'reference'
+    valid:float|str=0.2, # Share to evaluate on if there is no split; or 'test', 'holdout', 'reference'
     seed:int=42, # Seed of the random share
 ) -> tuple: # Indices of the training pictures, and of the evaluation pictures
     "Which pictures to train on, and which to evaluate on"
@@ -102,7 +106,8 @@ def deal_splits(
         table.split = 'train'
         _put_aside(table, 'test', share, seed)
     has = set(table.split)
-    evaluated = {'test': 'test', 'holdout': 'valid', 'reference': 'train'}.get(valid, 'valid' if 'valid' in has else 'test')
+    by_protocol = dict(test='test', holdout='valid', reference='train')
+    evaluated = by_protocol.get(valid, 'valid' if 'valid' in has else 'test')
     if evaluated not in has: _put_aside(table, evaluated, share, seed)
     train = table.index[table.split == 'train']
     missing = set(table.label) - set(table.label[train])
@@ -144,7 +149,7 @@ def _mean_std(images):
     stds = [np.average((values - mean)**2, weights=n)**0.5 for mean,n in zip(means, counts)]
     return dict(mean=tuple(round(float(v), 4) for v in means), std=tuple(round(float(v), 4) for v in stds))
 
-# %% ../nbs/06_images.ipynb #04dcc245
+# %% ../nbs/06_images.ipynb #0d4db632
 max_share = 0.25 # of the memory of the device
 
 def _memory(device):
@@ -156,8 +161,8 @@ def _fits(n, spec, device):
     "Whether `n` images fit; says so where they do not"
     n_bytes = n*spec.n_in*spec.size**2
     if n_bytes <= max_share*_memory(device): return True
-    print(f'{n:,} images of {spec.n_in}×{spec.size}×{spec.size} take {n_bytes/1e9:.1f} GB, more than a quarter of the '
-          'memory: they are read anew for each batch, which is slower')
+    print(f'{n:,} images of {spec.size}×{spec.size} pixels take {n_bytes/1e9:.1f} GB, more than a quarter of the memory: '
+          'each is read anew for every batch, which is slower')
 
 # %% ../nbs/06_images.ipynb #135480bc
 def _without_bad(table, errors, skip_bad):
@@ -190,7 +195,7 @@ def get_pictures(
     spec = replace(spec, **_mean_std(images[train].numpy()))
     return Images(images, labels, spec, (train, evaluated))
 
-# %% ../nbs/06_images.ipynb #b4f03b66
+# %% ../nbs/06_images.ipynb #55557d27
 def _is_share(v): return isinstance(v, float) and 0 < v < 1
 
 def _read_later(table, spec, valid, seed, **kwargs):
@@ -203,11 +208,11 @@ def _read_later(table, spec, valid, seed, **kwargs):
 
 @delegates(picture_table)
 def image_dls(
-    folder:str|Path, # Folder of pictures: a folder for each class, or `train/` and `valid/` (and `test/`) with such folders
+    folder:str|Path, # Folder with a folder for each class, or with `train/`, `valid/`, `test/` of such folders
     size:int=28, # Height and width of the images in pixels
     colour:bool=None, # Keep colours; `None`: if a picture has some
     resize:str='crop', # 'crop', 'pad' or 'squish', as fastai's `Resize`
-    valid:float|str=0.2, # Share of the pictures to evaluate on if they have no split; or 'test', 'holdout', 'reference'
+    valid:float|str=0.2, # Share to evaluate on if there is no split; or 'test', 'holdout', 'reference'
     seed:int=42, # Seed of the random share
     skip_bad:bool=False, # Leave pictures out that cannot be read or are blank
     n_train:int=None, # Keep only `n_train` training images, chosen by `seed`
@@ -224,7 +229,7 @@ def image_dls(
     check_count(bs=bs)
     check_choice('resize', resize, resizes)
     if valid not in protocols and not _is_share(valid):
-        raise ValueError(f'valid={valid!r}: valid is a share of the pictures, or one of {", ".join(protocols)}')
+        raise ValueError(f'valid={valid!r}: valid is a share, or one of {", ".join(protocols)}')
     device = get_device(device)
     table = picture_table(folder, **kwargs)
     n_in = 1 if colour is False else 3

@@ -191,10 +191,14 @@ def _leaving_autocast(learn):
         if is_on() and not before: learn.mixed_precision.autocast.__exit__(None, None, None)
         raise
 
-# %% ../nbs/11_learner.ipynb #16c38c9a
+# %% ../nbs/11_learner.ipynb #544c9c96
+def _same_random_numbers(dls):
+    "Leave the random numbers as they were"
+    return torch.random.fork_rng([dls.device] if dls.device.type == 'cuda' else [])
+
 def _some_images(dls):
     "The first evaluation images of `dls`"
-    with torch.random.fork_rng([dls.device] if dls.device.type == 'cuda' else []): return next(iter(dls.valid))[0][:8]
+    with _same_random_numbers(dls): return next(iter(dls.valid))[0][:8]
 
 def _sizes(dls):
     "Channels, height and number of classes of `dls`"
@@ -214,7 +218,7 @@ def _tried(model, dls):
     "The outputs of `model` for some images, or `None` where it fails, as the fit will tell"
     try:
         twin = _copied(model).to(dls.device).eval()
-        with torch.random.fork_rng([dls.device] if dls.device.type == 'cuda' else []): return twin(_some_images(dls))
+        with _same_random_numbers(dls): return twin(_some_images(dls))
     except Exception: return None
 
 # %% ../nbs/11_learner.ipynb #b3874025
