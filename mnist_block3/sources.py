@@ -375,7 +375,7 @@ def load_digits(
     if train is None: raise ValueError(f'{folder/name} has no training images with labels. {_accepted}')
     test = _read_split(kind, files, 'test', *classes) or train[:0]
     if _emnist_part(folder, name) and kind in ('idx', 'csv'):
-        print(f'{folder/name}: EMNIST stores its images with rows and columns swapped; they are turned upright')
+        print(f'{name or folder.name}: EMNIST stores its images with rows and columns swapped; they are turned upright')
         train,test = _turned(train), _turned(test)
     _warn_if_bright(train.images, folder/name)
     return train, test
