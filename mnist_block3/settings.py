@@ -98,7 +98,7 @@ def run_settings(
     bs:int=64, # Batch size of the training images
     seed:int=0, # Seed of weights, order, augmentation and dropout
     valid:str='test', # Protocol: test (never for choosing settings), holdout (for choosing them) or reference
-    source:str=None, # Folder of a data set or of pictures, or a file of a data set; default: the MNIST in this package
+    source:str=None, # Folder or file of a data set, or a folder of pictures; default: the MNIST in this package
     size:int=None, # Resize the pictures of source to size×size pixels; default: they are in MNIST's form
     resize:str='crop', # How to resize them: crop, pad or squish
     flip:bool=False, # Mirror half of the resized training images, left for right

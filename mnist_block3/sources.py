@@ -101,10 +101,11 @@ class Images:
         images = self.images.to(device)
         return self if images is self.images else Images(images, self.labels.to(device), self.spec)
 
-# %% ../nbs/04_sources.ipynb #048aa717
+# %% ../nbs/04_sources.ipynb #38065ae3
 _idx_name = re.compile(r'(?:(.+)[-_. ])?(train|test|t10k)[-_. ](images|labels)'
                        r'[-_.]idx\d[-_.](?:ubyte|int)(?:\.gz)?', re.I)
 _table_name = re.compile(r'(?:(.+)[-_. ])?(train|test)(?:ing)?(?:-\d+-of-\d+[-\w]*)?\.(csv|parquet)', re.I)
+_arrays_name = re.compile(r'(?:(.+)[-_. ])?(train|test)[-_. ](images|imgs|labels)\.npz', re.I)
 
 def _described(path):
     "What the name of a file says: format, folder, name of the data set, split and content; or `None`"
@@ -115,6 +116,10 @@ def _described(path):
     if m := _table_name.fullmatch(path.name):
         name,split,suffix = m.groups()
         return suffix.lower(), path.parent, name or '', split.lower(), 'all'
+    if m := _arrays_name.fullmatch(path.name):
+        name,split,content = m.groups()
+        content = 'labels' if content.lower() == 'labels' else 'images'
+        return 'arrays', path.parent, name or '', split.lower(), content
     if path.suffix.lower() == '.npz': return 'npz', path.parent, path.name, 'train', 'all'
 
 # %% ../nbs/04_sources.ipynb #39cd0dd0
@@ -140,13 +145,13 @@ def _data_sets(folder, depth=3):
             found.setdefault(described[:3], {}).setdefault(described[3:], []).append(path)
     return found
 
-# %% ../nbs/04_sources.ipynb #c801dcb4
+# %% ../nbs/04_sources.ipynb #913fc444
 _other_pictures = 'image_dls, or block3_train with --size, reads pictures of any size and classes'
 _accepted = '''Accepted are
 - IDX files named as those of MNIST, EMNIST or QMNIST (train-images-idx3-ubyte, ...), plain or .gz
 - training/ and testing/, or train/ and test/, with pictures of 28×28 pixels in the folders 0 to 9
 - train.csv and test.csv (or mnist_train.csv, ...) with a label and 784 pixels a row
-- an .npz file with x_train, y_train, x_test and y_test
+- an .npz file with x_train, y_train, x_test and y_test, or KMNIST's four (kmnist-train-imgs.npz, ...)
 - train-*.parquet and test-*.parquet with the columns image and label''' + f'\n{_other_pictures}'
 
 def _some_names(folder):
@@ -158,8 +163,8 @@ def _some_names(folder):
 def _unreadable(source):
     "The error for a `source` that is no data set"
     if source.is_file(): return ValueError(f'{source} is no file of a data set; unpack archives first. {_accepted}')
-    if source.is_dir(): return FileNotFoundError(f'{source} is no data set: it holds {_some_names(source)}. {_accepted}')
-    return FileNotFoundError(f'{source} is no data set: {source.parent} holds {_some_names(source.parent)}. {_accepted}')
+    folder,subject = (source, 'it') if source.is_dir() else (source.parent, source.parent)
+    return FileNotFoundError(f'{source} is no data set: {subject} holds {_some_names(folder)}. {_accepted}')
 
 # %% ../nbs/04_sources.ipynb #54b51174
 def _of_file(path):
@@ -298,19 +303,29 @@ def _read_csv(path):
         at = next((i for i,name in enumerate(head) if name.lower() in ('label', 'class')), 0)
         return _as_pixels(np.delete(table, at, axis=1)), _as_labels(table[:,at])
 
-# %% ../nbs/04_sources.ipynb #f3ddbff9
+# %% ../nbs/04_sources.ipynb #f4d43cf0
+def _array(path, arrays, name):
+    "The array `name` of an opened .npz file"
+    if name not in arrays.files: raise ValueError(f'it has {", ".join(arrays.files)}, but no {name}')
+    n_bytes = arrays.zip.getinfo(f'{name}.npy').file_size
+    if n_bytes > max(100*path.stat().st_size, 100_000_000):
+        raise ValueError(f'{name} is more than 100 times as large as the file')
+    return arrays[name]
+
 def _read_npz(path, split='train'):
     "The images and labels of `split` in an .npz file, or `None` where it has none"
     with _named(path), np.load(path, allow_pickle=False) as arrays:
         names = f'x_{split}', f'y_{split}'
         if split == 'test' and not set(names) & set(arrays.files): return None
-        for name in names:
-            if name not in arrays.files: raise ValueError(f'it has {", ".join(arrays.files)}, but no {name}')
-            n_bytes = arrays.zip.getinfo(f'{name}.npy').file_size
-            if n_bytes > max(100*path.stat().st_size, 100_000_000):
-                raise ValueError(f'{name} is more than 100 times as large as the file')
-        x,y = [arrays[name] for name in names]
+        x,y = [_array(path, arrays, name) for name in names]
         return _as_pixels(x), _as_labels(y)
+
+def _read_arrays(image_file, label_file):
+    "The images and labels of two .npz files of one array each"
+    with _named(image_file), np.load(image_file, allow_pickle=False) as arrays:
+        x = _as_pixels(_array(image_file, arrays, 'arr_0'))
+    with _named(label_file), np.load(label_file, allow_pickle=False) as arrays:
+        return x, _as_labels(_array(label_file, arrays, 'arr_0'))
 
 # %% ../nbs/04_sources.ipynb #ec71ab30
 def _picture_in(data):
@@ -333,8 +348,9 @@ def _read_parquet(path):
         pixels = [_picture_in(image['bytes']) for image in table['image'].to_pylist()]
         return _as_pixels(np.stack(pixels)), _as_labels(table['label'].to_numpy())
 
-# %% ../nbs/04_sources.ipynb #bc5a43c7
-_readers = dict(idx=_read_idx_split, pictures=_read_image_split, csv=_read_csv, parquet=_read_parquet)
+# %% ../nbs/04_sources.ipynb #c6cc54c9
+_readers = dict(idx=_read_idx_split, pictures=_read_image_split, csv=_read_csv, arrays=_read_arrays,
+                parquet=_read_parquet)
 
 def _pair(paths):
     "The files of images and of labels to read, of those that there are"
@@ -349,7 +365,7 @@ def _read_split(kind, files, split, vocab, first):
     if kind == 'npz':
         paths = {'all': files['train','all']}
         read = partial(_read_npz, split=split)
-    groups = [_pair(paths)] if kind == 'idx' and paths else [[path] for path in paths.get('all', [])]
+    groups = [_pair(paths)] if kind in ('idx', 'arrays') and paths else [[path] for path in paths.get('all', [])]
     parts = [(read(*group), group) for group in groups]
     if not parts or parts[0][0] is None: return None
     parts = [_as_images(*arrays, group, vocab, first) for arrays,group in parts]
@@ -375,7 +391,7 @@ def load_digits(
     if train is None: raise ValueError(f'{folder/name} has no training images with labels. {_accepted}')
     test = _read_split(kind, files, 'test', *classes) or train[:0]
     if _emnist_part(folder, name) and kind in ('idx', 'csv'):
-        print(f'{folder/name}: EMNIST stores its images with rows and columns swapped; they are turned upright')
+        print(f'{name or folder.name}: EMNIST stores its images with rows and columns swapped; they are turned upright')
         train,test = _turned(train), _turned(test)
     _warn_if_bright(train.images, folder/name)
     return train, test

@@ -62,6 +62,14 @@ def put_npz(folder, dtype=np.uint8):
     return folder
 
 
+def put_arrays(folder):
+    "As KMNIST"
+    for split in images:
+        np.savez_compressed(folder/f'kmnist-{split}-imgs.npz', images[split])
+        np.savez_compressed(folder/f'kmnist-{split}-labels.npz', labels[split])
+    return folder
+
+
 def as_png(image):
     file = io.BytesIO()
     Image.fromarray(image).save(file, 'png')
@@ -107,6 +115,7 @@ layouts = {
     'mnist.npz':                 lambda d: put_npz(d),
     'one .npz file':             lambda d: put_npz(d)/'mnist.npz',
     'numbers of 64 bits':        lambda d: put_npz(d, np.int64),
+    'four .npz files':           put_arrays,
     'parquet':                   lambda d: put_parquet(d/'mnist') and d,
     'one parquet file':          lambda d: put_parquet(d)/'train-00000-of-00001.parquet',
     'shards':                    lambda d: put_parquet(d, 3),
