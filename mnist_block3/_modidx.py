@@ -520,7 +520,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mnist_block3.sources._read_parquet': ('sources.html#_read_parquet', 'mnist_block3/sources.py'),
                                       'mnist_block3.sources._read_split': ('sources.html#_read_split', 'mnist_block3/sources.py'),
                                       'mnist_block3.sources._some_names': ('sources.html#_some_names', 'mnist_block3/sources.py'),
-                                      'mnist_block3.sources._times': ('sources.html#_times', 'mnist_block3/sources.py'),
                                       'mnist_block3.sources._turned': ('sources.html#_turned', 'mnist_block3/sources.py'),
                                       'mnist_block3.sources._unpacked': ('sources.html#_unpacked', 'mnist_block3/sources.py'),
                                       'mnist_block3.sources._unreadable': ('sources.html#_unreadable', 'mnist_block3/sources.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mnist_path', 'mnist_sha256', 'read_idx', 'Images', 'load_digits']
 
-# %% ../nbs/04_sources.ipynb #edad4c75
+# %% ../nbs/04_sources.ipynb #61aa6327
 import csv, gzip, hashlib, io, math, os, re, string, struct, warnings, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from fastcore.basics import store_attr
 from fastcore.foundation import is_indexer
-from .basics import package_path
+from .basics import package_path, times
 from .picture import opened_picture, picture_files, PictureSpec, resized_picture
 from .settings import check_source
 
@@ -44,19 +44,17 @@ def _unpacked(path, raw, n):
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise ValueError(f'{path} is not a whole gzip file: {e}') from e
 
-# %% ../nbs/04_sources.ipynb #f29922f7
-def _times(dims): return '×'.join(map(str, dims))
-
+# %% ../nbs/04_sources.ipynb #fd07b289
 def _idx_dims(path, head, shape, kind=8):
     "The dimensions in the header `head` of an IDX file; raises `ValueError` where they are not `(N, *shape)`"
     n_head = 4*(2 + len(shape))
     magic,*dims = struct.unpack(f'>{n_head//4}I', head.ljust(n_head, b'\0')) # of a shorter file: zeros
     want = 256*kind + 1 + len(shape)
     if magic == want and dims[0] and dims[1:] == list(shape): return dims
-    raise ValueError(f'{path} has the magic number {magic} and the dimensions {_times(dims)}, '
-                     f'but should have {want} and {_times(("N", *shape))}')
+    raise ValueError(f'{path} has the magic number {magic} and the dimensions {times(dims)}, '
+                     f'but should have {want} and {times(("N", *shape))}')
 
-# %% ../nbs/04_sources.ipynb #f56f70d7
+# %% ../nbs/04_sources.ipynb #4ebdd515
 def read_idx(
     path:str|Path, # An IDX file, plain or gzip
     shape:tuple=(), # Shape of one item: `(28, 28)` for images, `()` for labels
@@ -68,14 +66,14 @@ def read_idx(
     n_head = 4*(2 + len(shape))
     dims = _idx_dims(path, _unpacked(path, raw, n_head), shape, 12 if ints else 8)
     n = math.prod(dims)*(4 if ints else 1)
-    promise = f'{path} promises {_times(dims + [4]*ints)} bytes after its header'
+    promise = f'{path} promises {times(dims + [4]*ints)} bytes after its header'
     if n > max(100*len(raw), 100_000_000): raise ValueError(f'{promise}, more than 100 times its size')
     body = _unpacked(path, raw, n_head + n + 1)[n_head:]
     if len(body) != n: raise ValueError(f'{promise}, but has {"more" if len(body) > n else len(body)}')
     numbers = np.frombuffer(body, '>i4' if ints else np.uint8).reshape(dims)
     return torch.from_numpy(numbers.astype(np.int32 if ints else np.uint8))
 
-# %% ../nbs/04_sources.ipynb #1d4068a3
+# %% ../nbs/04_sources.ipynb #ec5c6d15
 class Images:
     "Images and their labels on one device"
     def __init__(self,
@@ -89,7 +87,7 @@ class Images:
     iloc = property(lambda self: self)
     device = property(lambda self: self.images.device)
     def __len__(self): return len(self.labels)
-    def __repr__(self): return f'{len(self):,} images of {_times(self.images.shape[1:])} on {self.device}'
+    def __repr__(self): return f'{len(self):,} images of {times(self.images.shape[1:])} on {self.device}'
     def __getitem__(self, i):
         if is_indexer(i): return self.images[i], self.spec.vocab[int(self.labels[i])]
         return Images(self.images[i], self.labels[i], self.spec)
@@ -228,7 +226,7 @@ def _classes(folder, name):
     if re.search('fashion[-_ ]?mnist', called): return _clothes, 0
     return _syllables if re.search('(?<![a-z])kmnist', called) else tuple(range(10)), 0
 
-# %% ../nbs/04_sources.ipynb #ffd8fbc6
+# %% ../nbs/04_sources.ipynb #057a2755
 @contextmanager
 def _named(path):
     try: yield
@@ -237,7 +235,7 @@ def _named(path):
 def _as_pixels(a):
     "Whole numbers from 0 to 255 as a tensor of uint8, (N, 28, 28)"
     a = np.asarray(a)
-    if math.prod(a.shape[1:]) != 784: raise ValueError(f'its images have the shape {_times(a.shape)}, not N×28×28')
+    if math.prod(a.shape[1:]) != 784: raise ValueError(f'its images have the shape {times(a.shape)}, not N×28×28')
     if not len(a): raise ValueError('it holds no images')
     if a.dtype.kind not in 'ui' or a.min() < 0 or a.max() > 255:
         raise ValueError(f'its pixels are {a.dtype} from {a.min()} to {a.max()}, not whole numbers from 0 to 255')
@@ -247,7 +245,7 @@ def _as_labels(a):
     "Whole numbers as a tensor of int64, (N,)"
     a = np.asarray(a)
     if a.dtype.kind not in 'ui' or a.size != len(a):
-        raise ValueError(f'its labels are {a.dtype} of the shape {_times(a.shape)}, not one whole number an image')
+        raise ValueError(f'its labels are {a.dtype} of the shape {times(a.shape)}, not one whole number an image')
     return torch.from_numpy(a.astype(np.int64).reshape(-1))
 
 # %% ../nbs/04_sources.ipynb #14f7aeec
