@@ -191,10 +191,11 @@ def _leaving_autocast(learn):
         if is_on() and not before: learn.mixed_precision.autocast.__exit__(None, None, None)
         raise
 
-# %% ../nbs/11_learner.ipynb #544c9c96
+# %% ../nbs/11_learner.ipynb #c467797b
 def _same_random_numbers(dls):
     "Leave the random numbers as they were"
-    return torch.random.fork_rng([dls.device] if dls.device.type == 'cuda' else [])
+    device = torch.device(dls.device or 'cpu')
+    return torch.random.fork_rng([device] if device.type == 'cuda' else [])
 
 def _some_images(dls):
     "The first evaluation images of `dls`"
