@@ -13,7 +13,6 @@ from pathlib import Path
 import fastcore
 import numpy as np
 import torch
-from PIL import Image
 from fastcore.basics import chunked, Inf, store_attr
 from fastcore.meta import delegates
 from fasttransform import Transform

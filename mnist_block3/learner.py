@@ -143,7 +143,8 @@ def _row(self:History):
     row = {'epoch': self.epoch+1, 'lr': self.opt.hypers[-1]['lr'], **dict(zip(names, rec.values[-1]))}
     if self.n_seen: row['train_accuracy'] = int(self.n_right)/self.n_seen
     if 'accuracy' in row: row['valid_accuracy'] = row.pop('accuracy')
-    elif 'error_rate' in row: row['valid_accuracy'] = 1 - row['error_rate']
+    error = row.get('error_rate', row.get('valid_error_rate')) # by fastai's two kinds of names
+    if error is not None: row.setdefault('valid_accuracy', 1 - error)
     if 'valid_accuracy' in row:
         row['correct'] = round(row['valid_accuracy'] * rec.loss.count)
         row['total'] = rec.loss.count

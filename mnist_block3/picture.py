@@ -304,7 +304,7 @@ def _squared(im, size, resize):
 
 # %% ../nbs/02_picture.ipynb #915acc9d
 def resized_picture(
-    image:Image.Image|str|Path, # A picture with 8 bits a channel, or its path
+    image, # A picture with 8 bits a channel, as in `opened_picture`
     size:int, # Height and width in pixels
     resize:str='crop', # 'crop', 'pad' or 'squish'
     colour:bool=False, # In RGB instead of in grey
@@ -333,7 +333,7 @@ class PictureSpec:
         return 'zeros' if self.resize is None else 'reflection'
 
     def read(self,
-        image:Image.Image|str|Path, # A picture or its path
+        image, # A picture, as in `opened_picture`
     ) -> np.ndarray: # uint8, (C, size, size)
         "The pixels of `image` as the network's training images have them"
         if self.resize is None: return mnist_form(image)[None]

@@ -64,9 +64,9 @@ def _checked(images, spec):
     images = torch.as_tensor(images)
     shape = spec.n_in, spec.size, spec.size
     short = shape[1:] if shape[0] == 1 else shape
-    if images.dtype == torch.uint8 and images.shape[1:] in (shape, short): return images.reshape(-1, *shape)
+    if images.dtype == torch.uint8 and images.shape[1:] in (shape, short): return images.reshape(len(images), *shape)
     hint = '; one image is a batch as image[None]' if images.shape in (shape, short) else ''
-    raise ValueError(f'Expected uint8 images {("N", *short)}, as the network was trained on, '
+    raise ValueError(f'Expected uint8 images (N, {", ".join(map(str, short))}) as the network was trained on, '
                      f'but got {images.dtype} {tuple(images.shape)}{hint}')
 
 # %% ../nbs/17_predict.ipynb #7c9d0224

@@ -128,9 +128,10 @@ def test_history_counts_right_predictions():
     assert row.valid_accuracy == pytest.approx(row.correct/100)
     assert row.valid_loss == pytest.approx(F.nll_loss(probs.log(), targs).item(), rel=1e-3)
 
-def fitted(metrics, fast):
+def fitted(metrics, fast, train_metrics=False):
     "The history of a fit, its lines in a log, and the titles of its plot"
     learn = block3_learner(mnist_dls(valid='reference', device='cpu'), metrics=metrics, cbs=EpochLines(), fast=fast)
+    learn.recorder.train_metrics = train_metrics
     lines = []
     learn.epoch_lines.write = lines.append
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
@@ -138,14 +139,15 @@ def fitted(metrics, fast):
     plt.close('all')
     return history(learn), lines, titles
 
-@pytest.mark.parametrize('fast', [True, False])
+@pytest.mark.parametrize('fast,train_metrics', [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize('metrics', [error_rate, [F1Score(average='macro'), accuracy]])
-def test_accuracy_or_error_rate_among_metrics(metrics, fast):
+def test_accuracy_or_error_rate_among_metrics(metrics, fast, train_metrics):
     "What scikit-learn counts is in the history, the log, the plot and the report"
-    rows,lines,titles = fitted([*L(metrics), skm_to_fastai(accuracy_score)], fast)
-    assert rows.valid_accuracy.tolist() == pytest.approx(rows.accuracy_score, abs=1e-6)
-    assert rows.correct.tolist() == pytest.approx(rows.accuracy_score*96)
-    percents = [f'{100*accuracy:.2f} %' for accuracy in rows.accuracy_score]
+    rows,lines,titles = fitted([*L(metrics), skm_to_fastai(accuracy_score)], fast, train_metrics)
+    want = rows['valid_accuracy_score' if train_metrics else 'accuracy_score']
+    assert rows.valid_accuracy.tolist() == pytest.approx(want, abs=1e-6)
+    assert rows.correct.tolist() == pytest.approx(want*96)
+    percents = [f'{100*accuracy:.2f} %' for accuracy in want]
     assert [percent in line for percent,line in zip(percents, lines)] == [True, True]
     assert percents[-1] in block_report(rows) and 'Evaluation accuracy' in titles
 

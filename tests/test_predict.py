@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, onnx, onnxruntime, pytest, torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
-from mnist_block3.all import (Block3, block3_learner, find_images, load_block3, mnist_dls, mnist_form,
+from mnist_block3.all import (Block3, block3_learner, find_images, load_block3, mnist_dls, mnist_form, PictureSpec,
                               predict_digits, predict_files, weights_path)
 from mnist_block3.cli import block3_export, block3_predict
 
@@ -82,6 +82,12 @@ def test_a_picture_in_memory_is_read_as_its_file(coloured, pretrained, kind):
     assert digit == '4' and probs.argmax() == again.argmax() == 4
 
 
+def test_a_network_for_colours_gets_them_as_in_the_file(coloured):
+    spec = PictureSpec(size=32, resize='squish', mean=(0.5,)*3, std=(0.2,)*3)
+    for kind in set(in_memory) - {'BGR array'}:
+        assert np.array_equal(spec.read(in_memory[kind](coloured)), spec.read(coloured)), kind
+
+
 @pytest.mark.parametrize('shape', [(60,70), (60,70,1)])
 def test_grey_arrays(mnist, pretrained, shape):
     grey = np.zeros(shape, np.uint8)
@@ -110,12 +116,12 @@ def test_bytes_of_no_picture(junk):
 @pytest.mark.parametrize('change,got', [
     (lambda images: images/255, 'float32 (3, 28, 28)'),
     (lambda images: images[:,:27], 'uint8 (3, 27, 28)'),
-    (lambda images: images[:,None], 'uint8 (3, 1, 28, 28)'),
+    (lambda images: images[:,:,None], 'uint8 (3, 28, 1, 28)'),
     (lambda images: images[0], 'uint8 (28, 28); one image is a batch as image[None]')])
 @pytest.mark.parametrize('array', [torch.as_tensor, np.asarray])
 def test_predict_digits_takes_mnists_form_only(mnist, change, got, array):
     with pytest.raises(ValueError) as e: predict_digits(load_block3(), array(change(mnist[1].images[:3])))
-    assert str(e.value) == f'Expected uint8 images (N, 28, 28), as mnist_form makes them, but got torch.{got}'
+    assert str(e.value) == f'Expected uint8 images (N, 28, 28) as the network was trained on, but got torch.{got}'
 
 
 @pytest.mark.parametrize('kind', [str, Path, lambda file: [file], lambda file: file.parent.glob('red.png')])
