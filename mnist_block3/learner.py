@@ -192,10 +192,10 @@ def _leaving_autocast(learn):
         if is_on() and not before: learn.mixed_precision.autocast.__exit__(None, None, None)
         raise
 
-# %% ../nbs/11_learner.ipynb #c467797b
+# %% ../nbs/11_learner.ipynb #1f1854b3
 def _same_random_numbers(dls):
     "Leave the random numbers as they were"
-    device = torch.device(dls.device or 'cpu')
+    device = torch.device(getattr(dls, 'device', None) or 'cpu') # loaders of PyTorch have none
     return torch.random.fork_rng([device] if device.type == 'cuda' else [])
 
 def _some_images(dls):
