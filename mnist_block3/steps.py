@@ -123,10 +123,10 @@ def device(self:Steps): return self.digits.images.device
 def fill(self:Steps):
     "Prepare images and labels of the next `n_ahead` steps"
     idxs = self.order.index_select(0, self.at//self.n_ahead)[0]
-    x = self.digits.images[idxs][:,None]
+    x = self.digits.images.index_select(0, idxs)[:,None]
     for f in self.tfms: x = f(x)
     x = x.view(self.n_ahead, self.bs, *x.shape[1:])
-    y = self.digits.labels[idxs].long().view(self.n_ahead, self.bs)
+    y = self.digits.labels.index_select(0, idxs).long().view(self.n_ahead, self.bs)
     if self.x is None:
         self.x = torch.empty_like(x)
         self.y = torch.empty_like(y)
