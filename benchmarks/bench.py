@@ -9,7 +9,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 import pandas as pd
 from mnist_block3.basics import write_whole
-from mnist_block3.data import get_device, load_digits
+from mnist_block3.data import get_device
+from mnist_block3.sources import load_digits
 from mnist_block3.run import run_environment
 
 here = Path(__file__).resolve().parent

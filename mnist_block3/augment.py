@@ -18,10 +18,10 @@ def uniform_amounts(
     "Uniform random amounts from `-limit` to `limit`"
     return x.new_empty(len(x)).uniform_(-limit, limit)
 
-# %% ../nbs/03_augment.ipynb #1f38e597
-def _sample(x, coords):
-    "The values of the images `x` at `coords` (B, H, W, 2), across and down in [-1, 1]; 0 outside"
-    return F.grid_sample(x, coords, mode='bilinear', padding_mode='zeros', align_corners=False)
+# %% ../nbs/03_augment.ipynb #3b52b0be
+def _sample(x, coords, pad_mode='zeros'):
+    "The values of the images `x` at `coords` (B, H, W, 2), across and down in [-1, 1]"
+    return F.grid_sample(x, coords, mode='bilinear', padding_mode=pad_mode, align_corners=False)
 
 # %% ../nbs/03_augment.ipynb #9b4e9164
 def _affine_coords(x, cos, sin, right, down):
@@ -43,16 +43,17 @@ def _pixel_coords(coords):
     pixels = coords.add_(1).mul_(half).sub_(0.5).round_()
     return pixels.add_(0.5).div_(half).sub_(1)
 
-# %% ../nbs/03_augment.ipynb #cf766b2f
+# %% ../nbs/03_augment.ipynb #2021eef0
 def crop_rotate(
     x:torch.Tensor, # Images, (B, C, H, W)
     deg:torch.Tensor, # Angle of each in degrees, clockwise, (B,)
     scale:torch.Tensor, # Share of its height and width that is kept and scaled up, (B,)
+    pad_mode:str='zeros', # What lies beyond the border: 'zeros', 'border' or 'reflection'
 ) -> torch.Tensor: # Images, (B, C, H, W)
     "Scale up the centre of each image, then rotate the image"
     cos,sin = _cos_sin(deg)
     rotated = _pixel_coords(_affine_coords(x, cos, sin, 0*cos, 0*cos))
-    return _sample(x, rotated.mul_(scale[:,None,None,None]))
+    return _sample(x, rotated.mul_(scale[:,None,None,None]), pad_mode)
 
 # %% ../nbs/03_augment.ipynb #713e2bef
 def _bend(arrows, size):
@@ -64,7 +65,7 @@ def _bend(arrows, size):
     field = spread @ across.permute(0, 2, 3, 1).flatten(2) # two matrix products cost a tenth of `interpolate`
     return field.view(len(arrows), size, size, 2)
 
-# %% ../nbs/03_augment.ipynb #a7456c87
+# %% ../nbs/03_augment.ipynb #b775406a
 def distort(
     x:torch.Tensor, # Square images, (B, C, H, H)
     deg:torch.Tensor, # Angle of each in degrees, clockwise, (B,)
@@ -72,6 +73,7 @@ def distort(
     down:torch.Tensor, # Shift down in pixels, (B,)
     scale:torch.Tensor, # Size in relation to the original size, (B,)
     arrows:torch.Tensor=None, # Shifts that bend the image, in pixels, right and down on a grid, (B, 2, G, G)
+    pad_mode:str='zeros', # What lies beyond the border: 'zeros', 'border' or 'reflection'
 ) -> torch.Tensor: # Images, (B, C, H, H)
     "Bend each image, rotate and scale it about its centre, and shift it"
     size = x.shape[-1]
@@ -80,4 +82,4 @@ def distort(
     down = 2*down/size
     coords = _affine_coords(x, cos, sin, -cos*right - sin*down, sin*right - cos*down)
     if arrows is not None: coords = coords + _bend(arrows, size)
-    return _sample(x, coords)
+    return _sample(x, coords, pad_mode)

@@ -1,4 +1,4 @@
-// Training and evaluation of runs of convolutions on a CPU; nbs/07_kernels.ipynb explains the layout.
+// Training and evaluation of runs of convolutions on a CPU; nbs/08_kernels.ipynb explains the layout.
 //
 // An activation is [block][channel][row][column][lane]: a block is as many images as a vector register has lanes.
 // Every loop is over whole vectors, one image a lane. Only the last sums add lanes up.

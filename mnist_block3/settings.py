@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['protocols', 'recipes', 'recipe_epochs', 'reference_settings', 'tuned_settings', 'recipe_settings', 'check_folder',
-           'run_settings']
+           'check_source', 'run_settings']
 
-# %% ../nbs/01_settings.ipynb #725a85e0
+# %% ../nbs/01_settings.ipynb #5bcda8ce
+import glob, re
 from inspect import signature
 from numbers import Number
 from pathlib import Path
-from .basics import check_amount, check_choice, check_count, check_flag, check_rate, check_seed, check_share
+from .basics import check_amount, check_choice, check_count, check_flag, check_rate, check_seed, check_share, check_size
 
 # %% ../nbs/01_settings.ipynb #b0843253
 protocols = dict(test='test accuracy', holdout='holdout accuracy',
@@ -66,24 +67,41 @@ def recipe_settings(
         raise ValueError(f'{k}: the {recipe} recipe has no such setting; it has {", ".join(names)}')
     return recipes[recipe](**given)
 
-# %% ../nbs/01_settings.ipynb #38ca0a6a
-def check_folder(
-    source:str|Path, # Folder of IDX files, or of images in `training/` and `testing/`
-) -> Path: # The folder
-    "Raise `FileNotFoundError` where `source` is no folder"
-    folder = Path(source).expanduser()
-    if folder.is_dir(): return folder
-    raise FileNotFoundError(f'{folder} is no folder. `source` is a folder of IDX files, '
-                            'or of images in training/ and testing/')
+# %% ../nbs/01_settings.ipynb #b42827a0
+def _check_local(source):
+    "Raise `ValueError` for an address; the path otherwise"
+    if not re.match(r'\w{2,}:/', str(source)): return Path(source).expanduser()
+    url = re.sub(':/+', '://', str(source), count=1)
+    raise ValueError(f'{url} is an address; `source` is a folder or a file on this machine. Download it first: '
+                     "fastai's untar_data(url) returns the folder of an unpacked archive")
 
-# %% ../nbs/01_settings.ipynb #4028d1a8
+def check_folder(
+    source:str|Path, # Folder of a data set
+) -> Path: # The folder
+    "Raise `FileNotFoundError` where `source` is no folder, `ValueError` for an address"
+    folder = _check_local(source)
+    if folder.is_dir(): return folder
+    raise FileNotFoundError(f'{folder} is no folder. `source` is a folder of IDX files or of pictures')
+
+def check_source(
+    source:str|Path, # Folder of a data set, one of its files, or the beginning of its files' names before a dash
+) -> Path: # The same as a path
+    "Raise `FileNotFoundError` where nothing is at `source`, `ValueError` for an address"
+    path = _check_local(source)
+    if path.exists() or path.parent.is_dir() and any(path.parent.glob(f'{glob.escape(path.name)}-*')): return path
+    raise FileNotFoundError(f'{path} is no folder or file. `source` is a folder of a data set or of pictures, or a file')
+
+# %% ../nbs/01_settings.ipynb #dfd73fda
 def run_settings(
     recipe:str='reference', # How to train: reference (as the student's notebook did) or tuned
     epochs:int=None, # Epochs to train; default: 15 (reference) or 14 (tuned)
     bs:int=64, # Batch size of the training images
     seed:int=0, # Seed of weights, order, augmentation and dropout
     valid:str='test', # Protocol: test (never for choosing settings), holdout (for choosing them) or reference
-    source:str=None, # Folder of IDX files or of images; default: the MNIST in this package
+    source:str=None, # Folder or file of a data set, or a folder of pictures; default: the MNIST in this package
+    size:int=None, # Resize the pictures of source to size×size pixels; default: they are in MNIST's form
+    resize:str='crop', # How to resize them: crop, pad or squish
+    flip:bool=False, # Mirror half of the resized training images, left for right
     device:str=None, # cpu, cuda, cuda:1 or mps; default: the GPU if there is one
     n_train:int=None, # Train on the first n_train images only
     bf16:bool=False, # Compute in bfloat16 by autocast
@@ -99,11 +117,14 @@ def run_settings(
     if n_train is not None: check_count(n_train=n_train)
     check_seed(seed=seed)
     check_choice('valid', valid, protocols)
-    check_flag(bf16=bf16, reproducible=reproducible, fast=fast, also_reference=also_reference)
-    if source is not None: source = str(check_folder(source).resolve())
+    check_flag(bf16=bf16, reproducible=reproducible, fast=fast, also_reference=also_reference, flip=flip)
+    check_choice('resize', resize, ('crop', 'pad', 'squish'))
+    if size is not None: check_size(size=size)
+    if size and not source: raise ValueError(f'size={size}: only the pictures of a source are resized')
+    if source is not None: source = str((check_folder if size else check_source)(source).absolute())
     if device is not None: device = str(device)
     run = dict(epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid, source=source,
-               device=device, n_train=n_train, bf16=bf16, reproducible=reproducible, fast=fast,
+               size=size, resize=resize, flip=flip, device=device, n_train=n_train, bf16=bf16, reproducible=reproducible, fast=fast,
                also_reference=also_reference)
     return {k: _python_value(v) for k,v in (run | settings).items()}
 

@@ -5,8 +5,9 @@ from fastai.data.transforms import get_image_files
 from PIL import Image
 from scipy.stats import binomtest, kstest, norm
 from torchvision.datasets import MNIST
-from mnist_block3 import data
-from mnist_block3.data import CropRotate, Distort, get_images, load_digits, mnist_dls, mnist_path, mnist_sha256
+from mnist_block3 import data, sources
+from mnist_block3.data import CropRotate, Distort, get_images, mnist_dls
+from mnist_block3.sources import load_digits, mnist_path, mnist_sha256
 from mnist_block3.picture import picture_files
 from fastai.vision.core import PILImageBW
 
@@ -101,7 +102,7 @@ def drawn(monkeypatch, tfm, func):
 
 
 def test_augmentation_draws_as_the_original_does(monkeypatch):
-    deg,scale = drawn(monkeypatch, CropRotate(), 'crop_rotate')
+    deg,scale,_ = drawn(monkeypatch, CropRotate(), 'crop_rotate')
     assert kstest(deg, 'uniform', (-5, 10)).pvalue > 0.01
     cropped = scale < 1
     assert set(scale.tolist()) == {1., np.float32(22/28)}
@@ -110,7 +111,7 @@ def test_augmentation_draws_as_the_original_does(monkeypatch):
 
 
 def test_distort_draws_as_it_says(monkeypatch):
-    deg,right,down,scale,arrows = drawn(monkeypatch, Distort(elastic=0.5, strength=2), 'distort')
+    deg,right,down,scale,arrows,_ = drawn(monkeypatch, Distort(elastic=0.5, strength=2), 'distort')
     for amounts,middle,limit in ((deg, 0, 16), (right, 0, 3), (down, 0, 3), (scale, 1, 0.16)):
         assert kstest(amounts, 'uniform', (middle - limit, 2*limit)).pvalue > 0.01
     assert arrows.shape == (5000, 2, 4, 4)
@@ -164,14 +165,14 @@ def test_damaged_idx_files(tmp_path, case):
 
 def test_missing_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match='is no folder'): load_digits(tmp_path/'none')
-    with pytest.raises(FileNotFoundError, match='holds neither train-images-idx3-ubyte nor'): load_digits(tmp_path)
+    with pytest.raises(FileNotFoundError, match='holds nothing. Accepted are'): load_digits(tmp_path)
     folder = write_idx_folder(tmp_path)
     (folder/'t10k-labels-idx1-ubyte').unlink()
-    with pytest.raises(FileNotFoundError, match='holds neither t10k-labels-idx1-ubyte nor'): load_digits(folder)
+    with pytest.raises(FileNotFoundError, match='t10k-images-idx3-ubyte has no labels beside it'): load_digits(folder)
 
 
 def test_damaged_bundled_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'mnist_path', tmp_path)
+    monkeypatch.setattr(sources, 'mnist_path', tmp_path)
     for path in mnist_path.glob('*.gz'):
         raw = bytearray(path.read_bytes())
         raw[4] ^= 1 # gzip's time stamp: the digits would still be right
@@ -182,7 +183,7 @@ def test_damaged_bundled_file(tmp_path, monkeypatch):
 def test_bad_image_folders(tmp_path):
     train = tmp_path/'training'/'3'
     train.mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match='holds no images'): load_digits(tmp_path)
+    with pytest.raises(FileNotFoundError, match='holds training/. Accepted are'): load_digits(tmp_path)
     Image.new('L', (32,28)).save(train/'1.png')
     with pytest.raises(ValueError, match='1.png cannot be read: it is 32×28 pixels'): load_digits(tmp_path)
     (train/'1.png').write_bytes(b'no image')

@@ -28,6 +28,17 @@ def small_mnist(mnist, monkeypatch):
     digits = mnist[0][:6400], mnist[1][:200]
     monkeypatch.setattr('mnist_block3.data.load_digits', lambda source=None: digits)
 
+def test_show_batch_unique_leaves_the_fast_path():
+    "One image under several random transforms, before a fit"
+    dls = mnist_dls(n_train=640, device='cpu')
+    dls.show_batch(unique=True)
+    images,labels,_ = dls.show_batch(unique=True, show=False)
+    assert labels.unique().numel() == 1 and not torch.equal(images[0], images[1])
+    assert sorted(itertools.islice(dls.train.get_idxs(), 641)) == list(range(640)) # fastai's had no end
+    learn = block3_learner(dls)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.fast_epoch.why is None
+
 class Double(nn.Module):
     def forward(self, x): return x.double()
 def model64(): return nn.Sequential(Double(), Block3(drop=0.).double())
@@ -333,9 +344,9 @@ def reasons(said):
     return [line.removeprefix(start) for line in said.splitlines() if line.startswith(start)]
 
 class Moody(nn.Sequential):
-    "Fails when its graph is drawn and when a step is tried, and never again"
+    "Fails when it is tried at first, when its graph is drawn and when a step is tried, and never again"
     calls = itertools.count()
-    def forward(self, x): return super().forward(x) if next(self.calls) > 1 else 1/0
+    def forward(self, x): return super().forward(x) if next(self.calls) > 2 else 1/0
 
 @pytest.mark.parametrize('kwargs,reason', [
     (dict(model=lambda: Moody(linear())), 'ZeroDivisionError: division by zero'),

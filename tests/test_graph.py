@@ -9,7 +9,7 @@ from recorder import install
 from mnist_block3.all import (
     Block3, block3_learner, Callback, Checkpoint, CropRotate, CrossEntropyLossFlat, Distort, history, mnist_dls,
     ParamScheduler, ProgressCallback, SchedLin, set_seed)
-from mnist_block3.data import Images
+from mnist_block3.sources import Images
 from mnist_block3.kernels import PythonState
 from mnist_block3.steps import Steps
 

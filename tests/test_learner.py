@@ -2,14 +2,14 @@
 import copy
 from functools import partial
 import matplotlib.pyplot as plt, pytest, torch, torch.nn.functional as F
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import accuracy_score, confusion_matrix
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 from mnist_block3.all import (
-    block3_learner, Block3, Callback, ClassificationInterpretation, CSVLogger, DataLoaders, history, Learner,
-    load_learner, mnist_dls, NLLLossFlat, noop, ParamScheduler, ProgressCallback, SchedLin, set_seed,
-    ShortEpochCallback, TorchSGD)
+    accuracy, block3_learner, Block3, block_report, Callback, ClassificationInterpretation, CSVLogger, DataLoaders,
+    EpochLines, error_rate, F1Score, history, L, Learner, load_learner, mnist_dls, NLLLossFlat, noop, ParamScheduler,
+    plot_history, ProgressCallback, SchedLin, set_seed, ShortEpochCallback, skm_to_fastai, TorchSGD)
 
 @pytest.fixture(autouse=True)
 def small_mnist(mnist, monkeypatch):
@@ -127,6 +127,40 @@ def test_history_counts_right_predictions():
     assert (row.correct, row.total) == ((probs.argmax(1) == targs).sum(), 100)
     assert row.valid_accuracy == pytest.approx(row.correct/100)
     assert row.valid_loss == pytest.approx(F.nll_loss(probs.log(), targs).item(), rel=1e-3)
+
+def fitted(metrics, fast, train_metrics=False):
+    "The history of a fit, its lines in a log, and the titles of its plot"
+    learn = block3_learner(mnist_dls(valid='reference', device='cpu'), metrics=metrics, cbs=EpochLines(), fast=fast)
+    learn.recorder.train_metrics = train_metrics
+    lines = []
+    learn.epoch_lines.write = lines.append
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    titles = [ax.get_title() for ax in plot_history(history(learn)).axes]
+    plt.close('all')
+    return history(learn), lines, titles
+
+@pytest.mark.parametrize('fast,train_metrics', [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize('metrics', [error_rate, [F1Score(average='macro'), accuracy]])
+def test_accuracy_or_error_rate_among_metrics(metrics, fast, train_metrics):
+    "What scikit-learn counts is in the history, the log, the plot and the report"
+    rows,lines,titles = fitted([*L(metrics), skm_to_fastai(accuracy_score)], fast, train_metrics)
+    want = rows['valid_accuracy_score' if train_metrics else 'accuracy_score']
+    assert rows.valid_accuracy.tolist() == pytest.approx(want, abs=1e-6)
+    assert rows.correct.tolist() == pytest.approx(want*96)
+    percents = [f'{100*accuracy:.2f} %' for accuracy in want]
+    assert [percent in line for percent,line in zip(percents, lines)] == [True, True]
+    assert percents[-1] in block_report(rows) and 'Evaluation accuracy' in titles
+
+@pytest.mark.parametrize('fast', [True, False])
+@pytest.mark.parametrize('metrics', [None, F1Score(average='macro')])
+def test_without_an_accuracy(metrics, fast):
+    rows,lines,titles = fitted(metrics, fast)
+    assert 'valid_loss' in rows and ('f1_score' in rows) == bool(metrics)
+    assert [f'{loss:.4f}' in line and '%' not in line for loss,line in zip(rows.valid_loss, lines)] == [True, True]
+    assert titles == ['Training loss', 'Evaluation loss']
+    with pytest.raises(ValueError, match='^block_report needs the accuracy: pass metrics=accuracy to block3_learner$'):
+        block_report(rows)
+
 
 def test_lr_find_leaves_weights_and_history(dls64, tmp_path):
     learn = learner64(dls64, path=tmp_path)

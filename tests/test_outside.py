@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import save
 from mnist_block3.all import (Checkpoint, Study, block3_learner, load_block3, load_digits, mnist_dls, mnist_form, read_checkpoint, read_idx,
-                              read_settings, train_run)
+                              read_run, read_settings, train_run)
 from mnist_block3.cli import block3_train
 from mnist_block3.model import weights_path
 
@@ -25,6 +25,12 @@ def picture(kind, shape=(40,30), **kwargs):
 def idx(a, dims=None):
     dims = dims or a.shape
     return struct.pack(f'>{len(dims)+1}I', 0x800 + len(dims), *dims) + a.tobytes()
+
+
+def as_npz(save, digits):
+    b = io.BytesIO()
+    save(b, x_train=digits, y_train=np.array([1,2]))
+    return b.getvalue()
 
 
 def plant(folder, names, data):
@@ -55,10 +61,16 @@ def whole(tmp_path_factory, learn):
          picture('TIFF', compression='tiff_lzw'))
     kind('folder of images', load_digits, 'training/3/a.png', *(picture(o, (28,28)) for o in ('PNG', 'GIF', 'BMP', 'TIFF')))
     plant(made['folder of images'][1], ['testing/3/a.png'], picture('PNG', (28,28)))
+    rows = '\n'.join(','.join(map(str, [i, *image.flat])) for i,image in enumerate(digits))
+    kind('table', load_digits, 'train.csv', rows, ','.join(map(str, range(785))).replace('0', 'label', 1) + '\n' + rows)
+    kind('archive', load_digits, 'mnist.npz', *(as_npz(save, digits) for save in (np.savez, np.savez_compressed)))
     kind('weights', lambda d: load_block3(d/'a'), 'a', weights_path.read_bytes(), save({'a': torch.ones(3)}))
     run = tmp_path_factory.mktemp('run')/'run'
     train_run(run, epochs=2, n_train=64, valid='reference', device='cpu')
     kind('settings', read_settings, 'settings.json', (run/'settings.json').read_bytes())
+    for file, other in (('summary.json', 'history.csv'), ('history.csv', 'summary.json')):
+        kind(file, read_run, file, (run/file).read_bytes())
+        plant(made[file][1], [other], (run/other).read_bytes())
     runs = Path(__file__).parent.parent/'nbs'/'results'
     for name in ('study', 'epochs', 'mistakes'):
         lines = (runs/f'{name}.csv').read_text().splitlines(True)[:4]
@@ -74,7 +86,8 @@ def whole(tmp_path_factory, learn):
     return made
 
 
-kinds = ['images', 'labels', 'picture', 'folder of images', 'weights', 'settings', 'study', 'epochs', 'mistakes', 'runs of a study', 'checkpoint']
+kinds = ['images', 'labels', 'picture', 'folder of images', 'table', 'archive', 'weights', 'settings', 'summary.json', 'history.csv',
+         'study', 'epochs', 'mistakes', 'runs of a study', 'checkpoint']
 where,some_bytes = st.floats(0, 1, exclude_max=True),st.binary(max_size=8)
 nasty = st.sampled_from([b'\xff'*4, b'\xff'*8, b'\x7f' + b'\xff'*7, b'\0'*4, b'\x80', b'NaN', b'-1', b'1e999', b'9'*25, b'"', b'[', b'{', b',', b'\n', b'null'])
 step = st.tuples(st.sampled_from(['cut', 'put', 'over', 'double', 'flip', 'drop']), where, where, st.one_of(some_bytes, nasty))
@@ -230,6 +243,7 @@ four = 'train-images-idx3-ubyte','train-labels-idx1-ubyte','t10k-images-idx3-uby
 places = {
     'source of IDX files':  (four, lambda d: load_digits(d)),
     'source of images':     (('training/1/a.png', 'testing/1/a.png'), lambda d: mnist_dls(d)),
+    'source of NumPy arrays': (('mnist.npz',), lambda d: load_digits(d)),
     'weights':              (('w',), lambda d: load_block3(d/'w')),
     'picture':              (('a.png',), lambda d: mnist_form(d/'a.png')),
     'settings of a run':    (('settings.json',), lambda d: block3_train(resume=str(d))),

@@ -4,7 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 import pytest
 import mnist_block3
-from mnist_block3.data import mnist_sha256
+from mnist_block3.sources import mnist_sha256
 
 root = Path(__file__).parent.parent
 if not (root/'settings.ini').exists(): pytest.skip('not in a checkout', allow_module_level=True)

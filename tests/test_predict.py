@@ -1,10 +1,10 @@
 "Reading digits from files, and exporting the network"
-import json, subprocess, sys, time
+import io, json, subprocess, sys, time
 from pathlib import Path
 import numpy as np, onnx, onnxruntime, pytest, torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
-from mnist_block3.all import (Block3, block3_learner, find_images, load_block3, mnist_dls, mnist_form,
+from mnist_block3.all import (Block3, block3_learner, find_images, load_block3, mnist_dls, mnist_form, PictureSpec,
                               predict_digits, predict_files, weights_path)
 from mnist_block3.cli import block3_export, block3_predict
 
@@ -50,6 +50,86 @@ def test_learner_predicts_from_files_and_pictures(folder):
     assert want.argmax() == 4
 
 
+@pytest.fixture(scope='module')
+def pretrained(): return block3_learner(mnist_dls(n_train=64, device='cpu'), pretrained=True)
+
+
+@pytest.fixture
+def coloured(tmp_path, mnist):
+    "A file that shows a 4 in red on white"
+    paper = Image.new('RGB', (130,110), 'white')
+    paper.paste('darkred', (20,5), Image.fromarray(mnist[1].images[4].numpy()).resize((100,100), Image.BICUBIC))
+    paper.save(tmp_path/'red.png')
+    return tmp_path/'red.png'
+
+def with_alpha(rgb): return np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)])
+
+in_memory = {
+    'RGB array': lambda file: np.asarray(Image.open(file)),
+    'BGR array': lambda file: np.asarray(Image.open(file))[...,::-1],
+    'RGBA array': lambda file: with_alpha(np.asarray(Image.open(file))),
+    'tensor': lambda file: torch.from_numpy(np.array(Image.open(file))),
+    'bytes': Path.read_bytes,
+    'BytesIO': lambda file: io.BytesIO(file.read_bytes()),
+    'open file': lambda file: open(file, 'rb')}
+
+@pytest.mark.parametrize('kind', in_memory)
+def test_a_picture_in_memory_is_read_as_its_file(coloured, pretrained, kind):
+    picture = in_memory[kind](coloured)
+    assert np.abs(mnist_form(picture).astype(int) - mnist_form(coloured)).max() <= 1
+    with pretrained.no_bar(): digit = pretrained.predict(picture)[0]
+    (_,probs),(_,again) = predict_files([picture, picture])
+    assert digit == '4' and probs.argmax() == again.argmax() == 4
+
+
+def test_a_network_for_colours_gets_them_as_in_the_file(coloured):
+    spec = PictureSpec(size=32, resize='squish', mean=(0.5,)*3, std=(0.2,)*3)
+    for kind in set(in_memory) - {'BGR array'}:
+        assert np.array_equal(spec.read(in_memory[kind](coloured)), spec.read(coloured)), kind
+
+
+@pytest.mark.parametrize('shape', [(60,70), (60,70,1)])
+def test_grey_arrays(mnist, pretrained, shape):
+    grey = np.zeros(shape, np.uint8)
+    grey[20:48,30:58] = mnist[1].images[4].numpy().reshape(28, 28, *shape[2:])
+    with pretrained.no_bar(): assert pretrained.predict(grey)[0] == '4'
+
+
+no_pictures = {
+    'float64 (28, 28)': np.random.rand(28, 28), 'uint8 (90, 90, 2)': np.ones((90,90,2), np.uint8),
+    'uint8 (9,)': np.ones(9, np.uint8), 'uint8 (0, 5)': np.ones((0,5), np.uint8), 'list': [[0, 255]]*28, 'NoneType': None}
+
+@pytest.mark.parametrize('name', no_pictures)
+def test_what_is_no_picture_is_named_not_printed(name, pretrained):
+    with pytest.raises(ValueError, match=r'^The image cannot be read: [^\[\]\n]{40,180}$') as e: mnist_form(no_pictures[name])
+    assert str(e.value).endswith(f'not {name}')
+    assert [str(error) for _,error in predict_files([no_pictures[name]])] == [str(e.value)]
+    with pretrained.no_bar(), pytest.raises(ValueError) as e: pretrained.predict(no_pictures[name])
+    assert name.replace('float64', 'torch.float64') in str(e.value) and '[' not in str(e.value)
+
+
+@pytest.mark.parametrize('junk', [b'no picture', io.BytesIO(b'no picture')])
+def test_bytes_of_no_picture(junk):
+    with pytest.raises(ValueError, match='^The image cannot be read: cannot identify its format$'): mnist_form(junk)
+
+
+@pytest.mark.parametrize('change,got', [
+    (lambda images: images/255, 'float32 (3, 28, 28)'),
+    (lambda images: images[:,:27], 'uint8 (3, 27, 28)'),
+    (lambda images: images[:,:,None], 'uint8 (3, 28, 1, 28)'),
+    (lambda images: images[0], 'uint8 (28, 28); one image is a batch as image[None]')])
+@pytest.mark.parametrize('array', [torch.as_tensor, np.asarray])
+def test_predict_digits_takes_mnists_form_only(mnist, change, got, array):
+    with pytest.raises(ValueError) as e: predict_digits(load_block3(), array(change(mnist[1].images[:3])))
+    assert str(e.value) == f'Expected uint8 images (N, 28, 28) as the network was trained on, but got torch.{got}'
+
+
+@pytest.mark.parametrize('kind', [str, Path, lambda file: [file], lambda file: file.parent.glob('red.png')])
+def test_one_file_or_any_iterable_of_files(coloured, kind):
+    (file,probs), = predict_files(kind(coloured))
+    assert Path(file) == coloured and probs.argmax() == 4
+
+
 def test_console(folder):
     done = command('block3_predict', '.', 'notes.txt', '4.png', 'gone.png', cwd=folder)
     rows = [line.split('\t') for line in done.stdout.splitlines()]
@@ -66,6 +146,31 @@ def test_console_as_json(folder, monkeypatch, capsys):
     block3_predict(['0.png'], json=True)
     row = json.loads(capsys.readouterr().out)
     assert row['digit'] == 7 and len(row['probabilities']) == 10 and row['path'] == '0.png'
+
+
+def test_names_with_control_characters(folder):
+    "Each picture has one line with three columns, and each error one line"
+    names = ['a\tb.png', 'c\nd.png', 'e\r\x1b[31m.png']
+    for i,name in enumerate(names): (folder/f'{i}.png').rename(folder/name)
+    (folder/'broken.png').rename(folder/'brok\nen.png')
+    done = command('block3_predict', *names, 'brok\nen.png', 'go\tne.png', cwd=folder)
+    assert done.stdout.splitlines() == done.stdout.split('\n')[:-1]
+    rows = [line.split('\t') for line in done.stdout.splitlines()]
+    assert [row[:2] for row in rows] == [[r'a\tb.png', '7'], [r'c\nd.png', '2'], [r'e\r\x1b[31m.png', '1']]
+    assert [len(row) for row in rows] == [3, 3, 3]
+    errors = done.stderr.splitlines()
+    assert [error.split()[1] for error in errors] == [r'brok\nen.png', r'go\tne.png'] and done.returncode == 1
+    done = command('block3_predict', '--json', *names, cwd=folder)
+    assert [json.loads(line)['path'] for line in done.stdout.splitlines()] == names
+
+
+def test_names_that_begin_with_a_dash(folder):
+    "One dash begins a name, and after two dashes all are names"
+    names = ['-7.png', '-x2.png', '-h', '--json', '-4.png']
+    for i,name in enumerate(names): (folder/f'{i}.png').rename(folder/name)
+    done = command('block3_predict', '--min_probability', '0.1', '-7.png', '-x[2].png', '--', *names[2:], cwd=folder)
+    assert [line.split('\t')[:2] for line in done.stdout.splitlines()] == [list(pair) for pair in zip(names, '72104')]
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_console_marks_what_it_does_not_know(tmp_path, mnist, monkeypatch, capsys):

@@ -30,6 +30,19 @@ def test_tensorboard_logs_each_step(dls, tmp_path, capsys, fit):
         assert list(logged.values()) == pytest.approx(learn.used.values[key])
 
 
+def test_wandb_offline(dls, tmp_path):
+    wandb = pytest.importorskip('wandb')
+    from fastai.callback.wandb import WandbCallback
+    with wandb.init(mode='offline', dir=tmp_path) as run:
+        learn = block3_learner(dls, cbs=[Used(), WandbCallback()])
+        with learn.no_bar(): learn.fit(2)
+        logged = dict(run.summary)
+    last = history(learn).iloc[-1]
+    assert [logged['valid_loss'], logged['accuracy']] == pytest.approx([last.valid_loss, last.valid_accuracy])
+    assert logged['lr_0'] == learn.used.values['lr'][-1] and 'Prediction_Samples' in logged
+    assert list(tmp_path.glob('wandb/offline-run-*/*.wandb'))
+
+
 def test_csv_has_the_rows_of_history(dls, tmp_path):
     learn = block3_learner(dls, cbs=CSVLogger(), path=tmp_path)
     with learn.no_bar(): learn.fit(2)
