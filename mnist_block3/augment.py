@@ -26,18 +26,22 @@ def _sample(x, coords, pad_mode='zeros'):
 # %% ../nbs/03_augment.ipynb #9b4e9164
 def _affine_coords(x, cos, sin, right, down):
     "The sampling grid for `x`, multiplied by the matrix of each image; all four are of shape (B,)"
-    mat = torch.stack([cos, sin, right, -sin, cos, down], dim=1).view(-1, 2, 3)
-    return F.affine_grid(mat, x.shape, align_corners=False)
+    n,_,height,width = x.shape
+    mat = torch.stack([cos, sin, right, -sin, cos, down], dim=1).view(n, 2, 3)
+    unit = torch.eye(2, 3, dtype=x.dtype, device=x.device)[None]
+    grid = F.affine_grid(unit, (1,1,height,width), align_corners=False) # of one image, since making it takes time
+    grid = F.pad(grid, (0,1), value=1.).view(1, -1, 3).expand(n, -1, -1)
+    return torch.bmm(grid, mat.transpose(1, 2)).view(n, height, width, 2)
 
 def _cos_sin(deg): return torch.cos(deg*math.pi/180), torch.sin(deg*math.pi/180)
 
 # %% ../nbs/03_augment.ipynb #c761c2b4
 def _pixel_coords(coords):
-    "Sampling coordinates (B, H, W, 2), each moved to the centre of the nearest pixel"
+    "Move sampling coordinates (B, H, W, 2) to the centre of the nearest pixel, in place"
     height,width = coords.shape[1:3]
-    size = width if width == height else coords.new_tensor([width, height])
-    pixels = (coords + 1).mul_(size).sub_(1).div_(2).round_()
-    return pixels.mul_(2).add_(1).div_(size).sub_(1)
+    half = width/2 if width == height else torch.stack([coords.new_full((), n/2) for n in (width, height)])
+    pixels = coords.add_(1).mul_(half).sub_(0.5).round_()
+    return pixels.add_(0.5).div_(half).sub_(1)
 
 # %% ../nbs/03_augment.ipynb #2021eef0
 def crop_rotate(
@@ -49,7 +53,7 @@ def crop_rotate(
     "Scale up the centre of each image, then rotate the image"
     cos,sin = _cos_sin(deg)
     rotated = _pixel_coords(_affine_coords(x, cos, sin, 0*cos, 0*cos))
-    return _sample(x, rotated*scale[:,None,None,None], pad_mode)
+    return _sample(x, rotated.mul_(scale[:,None,None,None]), pad_mode)
 
 # %% ../nbs/03_augment.ipynb #713e2bef
 def _bend(arrows, size):

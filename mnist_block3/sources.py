@@ -93,7 +93,7 @@ class Images:
         return Images(self.images[i], self.labels[i], self.spec)
     def batch(self, idxs):
         "Images (B, C, H, W) and labels (B,), int64"
-        x = self.images[idxs]
+        x = self.images.index_select(0, idxs) # many times as fast as `images[idxs]` for bytes on a CPU
         return x[:,None] if x.ndim == 3 else x, self.labels[idxs].long()
     def to(self, device):
         images = self.images.to(device)

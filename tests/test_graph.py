@@ -144,7 +144,14 @@ class Devices(TorchDispatchMode):
         assert func is not torch.ops.aten._local_scalar_dense.default
         return out
 
-@pytest.mark.skipif(torch.__version__.startswith('2.9'), reason='there a fake GPU needs a driver for random numbers')
+needs_fake_gpu = pytest.mark.skipif(
+    torch.__version__.startswith('2.9'), reason='there a fake GPU needs a driver for random numbers')
+
+@needs_fake_gpu
+def test_graph_rotates_images_that_are_not_square():
+    with FakeTensorMode(), torch.device('cuda:0'), Devices(): CropRotate().augment(torch.zeros(4, 1, 28, 20))
+
+@needs_fake_gpu
 @pytest.mark.parametrize('tfm', [CropRotate(), Distort(elastic=1.)], ids=['crop', 'elastic'])
 @pytest.mark.parametrize('sched_mom', [False, True])
 def test_graph_has_no_tensor_of_the_cpu(monkeypatch, tfm, sched_mom):
