@@ -92,7 +92,30 @@ def tuned_accuracies(device, n_train, seeds=20):
     return rows
 
 
-parts = dict(check=[engine, graph_against_eager, graph_against_float64], study=[kernels, tuned_accuracies])
+def changed(device, n_train, change=lambda learn: None, **kwargs):
+    "Seconds of a later epoch, and the engine, with one thing changed"
+    def fit(learn):
+        change(learn)
+        learn.fit(3)
+    learn = trained(fit, device, n_train, **kwargs)
+    return dict(seconds=history(learn).seconds[1:].min(), engine=learn.fast_epoch.engine)
+
+
+def one_thing_changed(device, n_train):
+    "What channels-last layers, no augmentation and no dropout do to an epoch"
+    def channels_last(learn): learn.model.to(memory_format=torch.channels_last)
+    ways = {'as it is': {}, 'channels last': dict(change=channels_last), 'no augmentation': dict(aug_tfms=[]),
+            'no dropout': dict(model=lambda: Block3(drop=0.))}
+    return {way: changed(device, n_train, **kwargs) for way,kwargs in ways.items()}
+
+
+def compiled_layers(device, n_train):
+    "What layers compiled by `torch.compile` do to an epoch, within the captured step"
+    return changed(device, n_train, lambda learn: learn.model.compile())
+
+
+parts = dict(check=[engine, graph_against_eager, graph_against_float64],
+             study=[kernels, one_thing_changed, tuned_accuracies, compiled_layers])
 
 def main():
     p = ArgumentParser(description=__doc__)

@@ -332,17 +332,18 @@ def _tell(self:FastEpoch, n):
     learn.pct_train += len(losses)/(self.steps.n_steps*self.n_epoch)
     self.n_told = n
 
-# %% ../nbs/10_fast.ipynb #774af38c
+# %% ../nbs/10_fast.ipynb #509e7e38
 @patch
 def _tell_losses(self:FastEpoch, losses):
     "Smooth `losses` as fastai's `AvgSmoothLoss` does, in the float32 that it keeps"
     metric = self.recorder.smooth_loss
+    beta = metric.beta
     val = float(metric.val)
     smooth = []
-    for loss in losses:
-        val = float(np.float32(loss + metric.beta*(val - loss)))
-        metric.count += 1
-        smooth.append(val/(1 - metric.beta**metric.count))
+    for n,loss in enumerate(losses, metric.count + 1):
+        val = float(np.float32(loss + beta*(val - loss)))
+        smooth.append(val/(1 - beta**n))
+    metric.count += len(losses)
     metric.val = torch.tensor(val)
     self.recorder.losses += torch.tensor(smooth).unbind()
 
