@@ -164,8 +164,10 @@ def read_pictures(
     "Read pictures in parallel, with a progress bar where there are many"
     images = torch.zeros(len(paths), spec.n_in, spec.size, spec.size, dtype=torch.uint8)
     errors = {}
+    starts = range(0, len(paths), bs)
+    if len(paths) > 2000: starts = progress_bar(starts, leave=False)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in progress_bar(range(0, len(paths), bs), display=len(paths) > 2000, leave=False):
+        for start in starts:
             results = pool.map(lambda path: _read(spec, path), paths[start:start+bs])
             for i,result in enumerate(results, start):
                 if isinstance(result, Exception): errors[i] = result

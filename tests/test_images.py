@@ -56,6 +56,14 @@ def test_a_folder_of_classes(pets):
     assert [of_file[image.tobytes()] for image in np.asarray(images)] == [dls.vocab[y] for y in labels]
 
 
+def test_a_bar_for_many_pictures_only(pets, capsys):
+    "Not even the block that a hidden bar of fastprogress prints"
+    dls = image_dls(pets, size=24, device='cpu')
+    assert capsys.readouterr().out == ''
+    images.read_pictures(2001*[pets/'cat'/'0.png'], dls.spec)
+    assert '100.00%' in capsys.readouterr().out
+
+
 def test_a_split_of_the_folder_is_kept(tmp_path):
     for split,n in dict(train=12, valid=4, test=6).items(): fill(tmp_path/split, n)
     n_evaluated = {valid: image_dls(tmp_path, valid=valid, device='cpu').valid.n for valid in (0.2, 'test', 'holdout', 'reference')}
