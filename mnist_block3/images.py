@@ -16,7 +16,7 @@ import torch
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 from fastai.data.core import DataLoaders
-from .basics import check_choice, check_count, check_size
+from .basics import check_choice, check_count, check_flag, check_seed, check_size
 from .data import CropRotate, get_device, image_block, Mirror
 from .picture import picture_files, PictureSpec, resizes
 from .settings import check_folder, protocols
@@ -36,18 +36,36 @@ def _of_folder(folder, label_func):
     splits = [_split_of(path, folder) for path in paths]
     if 'train' not in splits: splits = ['']*len(paths) # then a folder `test` is a class
     labels = [str(label_func(path)) for path in paths]
-    return pd.DataFrame(dict(path=paths, label=labels, split=splits))
+    table = pd.DataFrame(dict(path=paths, label=labels, split=splits))
+    return table[table.split != ''].reset_index(drop=True) if 'train' in splits else table
+
+# %% ../nbs/06_images.ipynb #7d1a8efe
+def _texts(df, col):
+    "A column of `df`, by name or number, as texts; raises `ValueError` where there is none, or a row has none"
+    try: values = df.iloc[:,col] if isinstance(col, int) else df[col]
+    except (KeyError, IndexError) as e:
+        raise ValueError(f'{col!r} is no column of the table; it has {", ".join(map(str, df.columns))}') from e
+    texts = [str(v) if pd.notna(v) else '' for v in values]
+    for i,text in enumerate(texts):
+        if not text.strip(): raise ValueError(f'Row {i} of the table, counted from 0, has nothing in the column {col!r}')
+    return texts
+
+_flags = {'true': 'valid', '1': 'valid', '1.0': 'valid', 'false': 'train', '0': 'train', '0.0': 'train'}
+
+def _splits_by(texts, col):
+    "'valid' for each text that means true, and 'train' for each that means false"
+    for text in texts:
+        if text.strip().lower() not in _flags: raise ValueError(f'{col!r} holds {text!r}; accepted are True, False, 1 and 0')
+    splits = [_flags[text.strip().lower()] for text in texts]
+    if len(set(splits)) == 1: raise ValueError(f'{col!r} is {texts[0]} for all pictures; some are to train on, some to evaluate on')
+    return splits
 
 # %% ../nbs/06_images.ipynb #f7ec47d7
 def _of_df(folder, df, fn_col, label_col, valid_col):
     "The table of the pictures that `df` lists; its columns are given by name or number"
-    def column(col): return df.iloc[:,col] if isinstance(col, int) else df[col]
-    try: names,labels = column(fn_col), column(label_col)
-    except (KeyError, IndexError) as e:
-        raise ValueError(f'{e} is no column of the table; it has {", ".join(map(str, df.columns))}') from e
-    splits = '' if valid_col is None else np.where(column(valid_col).astype(bool), 'valid', 'train')
-    paths = [folder/str(name) for name in names]
-    table = pd.DataFrame(dict(path=paths, label=labels.astype(str), split=splits))
+    paths = [folder/name for name in _texts(df, fn_col)]
+    splits = '' if valid_col is None else _splits_by(_texts(df, valid_col), valid_col)
+    table = pd.DataFrame(dict(path=paths, label=_texts(df, label_col), split=splits))
     labelled = table.drop_duplicates(['path', 'label'])
     twice = labelled[labelled.path.duplicated()]
     if len(twice): raise ValueError(f'{twice.path.iloc[0]} has two labels in the table')
@@ -56,6 +74,11 @@ def _of_df(folder, df, fn_col, label_col, valid_col):
 # %% ../nbs/06_images.ipynb #28b1ee89
 _layouts = ('Accepted are folders with the names of the classes, '
             'or train/ and valid/ (and test/) with such folders in each')
+
+def _check_strays(table, folder):
+    "Raise `ValueError` where some pictures lie in folders of classes, and others beside these folders"
+    strays = [path for path in table.path if path.parent == folder]
+    if 0 < len(strays) < len(table): raise ValueError(f'{strays[0]} lies in no folder of a class. {_layouts}')
 
 def _check_table(table, folder):
     "Raise `ValueError` for pictures that cannot be trained on"
@@ -80,9 +103,15 @@ def picture_table(
 ) -> pd.DataFrame: # Columns `path`, `label`, and `split`: 'train', 'valid', 'test' or ''
     "The pictures of a data set; raises `FileNotFoundError`, or `ValueError` where they make no data set"
     folder = check_folder(folder)
-    if isinstance(labels, (str, Path)): labels = pd.read_csv(folder/labels, dtype=str)
+    if isinstance(labels, (str, Path)): # 'None' and 'NA' are names too
+        labels = pd.read_csv(folder/labels, dtype=str, keep_default_na=False, skipinitialspace=True)
     if isinstance(labels, pd.DataFrame): table = _of_df(folder, labels, fn_col, label_col, valid_col)
-    else: table = _of_folder(folder, labels or (lambda path: path.parent.name))
+    elif callable(labels): table = _of_folder(folder, labels)
+    elif labels is not None:
+        raise ValueError(f'labels is a function of the path, a table or a CSV file, not a {type(labels).__name__}')
+    else:
+        table = _of_folder(folder, lambda path: path.parent.name)
+        _check_strays(table, folder)
     _check_table(table, folder)
     return table
 
@@ -97,7 +126,8 @@ def _put_aside(table, split, share, seed):
 def deal_splits(
     table:pd.DataFrame, # From `picture_table`
     valid:float|str=0.2, # Share to evaluate on if there is no split; or 'test', 'holdout', 'reference'
-    seed:int=42, # Seed of the random share
+    seed:int=42, # Seed of the random choices
+    n_train:int=None, # Keep only `n_train` training pictures, chosen by `seed`
 ) -> tuple: # Indices of the training pictures, and of the evaluation pictures
     "Which pictures to train on, and which to evaluate on"
     share = 0.2 if valid in protocols else valid
@@ -112,7 +142,11 @@ def deal_splits(
     train = table.index[table.split == 'train']
     missing = set(table.label) - set(table.label[train])
     if missing: raise ValueError(f'The class {min(missing)!r} has no training pictures')
-    return train.tolist(), table.index[table.split == evaluated].tolist()
+    if n_train is not None:
+        if n_train > len(train): raise ValueError(f'n_train={n_train}: there are only {len(train)} training pictures')
+        train = np.sort(np.random.default_rng(seed).permutation(train)[:n_train])
+    evaluation = train if evaluated == 'train' else table.index[table.split == evaluated]
+    return train.tolist(), evaluation.tolist()
 
 # %% ../nbs/06_images.ipynb #32eab7b7
 def _read(spec, path):
@@ -130,8 +164,10 @@ def read_pictures(
     "Read pictures in parallel, with a progress bar where there are many"
     images = torch.zeros(len(paths), spec.n_in, spec.size, spec.size, dtype=torch.uint8)
     errors = {}
+    starts = range(0, len(paths), bs)
+    if len(paths) > 2000: starts = progress_bar(starts, leave=False)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in progress_bar(range(0, len(paths), bs), display=len(paths) > 2000, leave=False):
+        for start in starts:
             results = pool.map(lambda path: _read(spec, path), paths[start:start+bs])
             for i,result in enumerate(results, start):
                 if isinstance(result, Exception): errors[i] = result
@@ -188,9 +224,10 @@ def get_pictures(
     images,errors = read_pictures(table.path.tolist(), spec)
     good = _without_bad(table, errors, skip_bad)
     images,table = images[torch.from_numpy(good)], table[good].reset_index(drop=True)
+    gone = set(spec.vocab) - set(table.label)
+    if gone: raise ValueError(f'None of the pictures of the class {min(gone)!r} can be used')
     if colour is None and _is_grey(images): images = images[:,:1].contiguous()
-    train,evaluated = deal_splits(table, valid, seed)
-    if n_train is not None: train = sorted(np.random.default_rng(seed).permutation(train)[:n_train].tolist())
+    train,evaluated = deal_splits(table, valid, seed, n_train)
     labels = torch.tensor([spec.vocab.index(label) for label in table.label])
     spec = replace(spec, **_mean_std(images[train].numpy()))
     return Images(images, labels, spec, (train, evaluated))
@@ -198,9 +235,9 @@ def get_pictures(
 # %% ../nbs/06_images.ipynb #55557d27
 def _is_share(v): return isinstance(v, float) and 0 < v < 1
 
-def _read_later(table, spec, valid, seed, **kwargs):
+def _read_later(table, spec, valid, seed, n_train):
     "Pairs of path and class, their splits, and a spec with mean and std of 500 training images"
-    train,evaluated = deal_splits(table, valid, seed)
+    train,evaluated = deal_splits(table, valid, seed, n_train)
     some = np.random.default_rng(seed).permutation(train)[:500]
     images,errors = read_pictures(table.path[some].tolist(), spec)
     _without_bad(table, errors, skip_bad=False)
@@ -226,10 +263,13 @@ def image_dls(
 ) -> DataLoaders: # Of normalised images (B, C, size, size) and labels (B,)
     "`DataLoaders` for a folder of pictures; raises `ValueError` for pictures that make no data set"
     check_size(size=size)
-    check_count(bs=bs)
+    check_count(**{k: v for k,v in dict(bs=bs, val_bs=val_bs, n_train=n_train).items() if v is not None})
+    check_seed(seed=seed)
+    check_flag(flip=flip, skip_bad=skip_bad)
+    check_choice('colour', colour, (None, True, False))
     check_choice('resize', resize, resizes)
     if valid not in protocols and not _is_share(valid):
-        raise ValueError(f'valid={valid!r}: valid is a share, or one of {", ".join(protocols)}')
+        raise ValueError(f'valid={valid!r}: valid is a share above 0 and below 1, or one of {", ".join(protocols)}')
     device = get_device(device)
     table = picture_table(folder, **kwargs)
     n_in = 1 if colour is False else 3
@@ -240,6 +280,6 @@ def image_dls(
     if _fits(len(table), spec, device):
         images = get_pictures(table, spec, colour, valid, seed, skip_bad, n_train)
         return image_block(images.spec, **how).dataloaders(images, **loading)
-    items,splits,spec = _read_later(table, spec, valid, seed)
+    items,splits,spec = _read_later(table, spec, valid, seed, n_train)
     block = image_block(spec, splitter=lambda _: splits, **how)
     return block.dataloaders(items, num_workers=min(16, os.cpu_count()), **loading)

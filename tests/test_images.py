@@ -56,6 +56,14 @@ def test_a_folder_of_classes(pets):
     assert [of_file[image.tobytes()] for image in np.asarray(images)] == [dls.vocab[y] for y in labels]
 
 
+def test_a_bar_for_many_pictures_only(pets, capsys):
+    "Not even the block that a hidden bar of fastprogress prints"
+    dls = image_dls(pets, size=24, device='cpu')
+    assert capsys.readouterr().out == ''
+    images.read_pictures(2001*[pets/'cat'/'0.png'], dls.spec)
+    assert '100.00%' in capsys.readouterr().out
+
+
 def test_a_split_of_the_folder_is_kept(tmp_path):
     for split,n in dict(train=12, valid=4, test=6).items(): fill(tmp_path/split, n)
     n_evaluated = {valid: image_dls(tmp_path, valid=valid, device='cpu').valid.n for valid in (0.2, 'test', 'holdout', 'reference')}
@@ -65,7 +73,7 @@ def test_a_split_of_the_folder_is_kept(tmp_path):
 def test_labels_by_function_and_by_table(pets):
     by_name = image_dls(pets, labels=lambda path: 'even' if int(path.stem) % 2 == 0 else 'odd', device='cpu')
     assert list(by_name.vocab) == ['even', 'odd']
-    df = pd.DataFrame(dict(name=[f'{kind}/{i}.png' for kind in ('cat', 'dog') for i in range(10)], kind=['c']*10 + ['d']*10, later=[False]*8 + [True]*2 + [False]*8 + [True]*2))
+    df = pd.DataFrame(dict(name=[f'{kind}/{i}.png' for kind in ('cat', 'dog') for i in range(10)], kind=['c']*10 + ['d']*10, later=([True]*3 + [False]*7)*2))
     df.to_csv(pets/'labels.csv', index=False)
     theirs = ImageDataLoaders.from_df(df, pets, fn_col='name', label_col='kind', valid_col='later', item_tfms=Resize(28))
     for labels in (df, 'labels.csv'):
@@ -214,14 +222,52 @@ def test_bad_pictures_can_be_left_out(pets, capsys):
     add_blank(pets)
     dls = image_dls(pets, skip_bad=True, device='cpu')
     assert dls.train.n + dls.valid.n == 40 and 'blank.png is blank' in capsys.readouterr().out
+    for file in (pets/'dog').iterdir(): file.write_bytes(b'no picture')
+    with pytest.raises(ValueError, match="None of the pictures of the class 'dog' can be used"): image_dls(pets, skip_bad=True, device='cpu')
 
 def test_bad_tables(pets):
     rows = [('cat/0.png', 'a'), ('cat/1.png', 'a'), ('dog/0.png', 'b'), ('dog/1.png', 'b')]
     def dls(rows): return image_dls(pets, labels=pd.DataFrame(rows, columns=['name', 'label']), device='cpu')
     assert dls(rows + rows[:1]).train.n == 2
+    with pytest.raises(ValueError, match="Row 4 of the table, counted from 0, has nothing in the column 1"): dls(rows + [('dog/2.png', np.nan)])
+    with pytest.raises(ValueError, match="Row 0 of the table, counted from 0, has nothing in the column 0"): dls([(' ', 'a'), *rows])
+    with pytest.raises(ValueError, match="'later' is no column of the table; it has name, label"): image_dls(pets, labels=pd.DataFrame(rows, columns=['name', 'label']), valid_col='later')
+    with pytest.raises(ValueError, match='labels is a function of the path, a table or a CSV file, not a list'): image_dls(pets, labels=['a']*40)
+    for later,message in (['yes', 0, 0, 0], "'later' holds 'yes'; accepted are True"), ([1]*4, "'later' is 1 for all pictures"):
+        table = pd.DataFrame(rows, columns=['name', 'label']).assign(later=later)
+        with pytest.raises(ValueError, match=message): image_dls(pets, labels=table, valid_col='later', device='cpu')
     with pytest.raises(ValueError, match='cat/0.png has two labels'): dls(rows + [('cat/0.png', 'b')])
     with pytest.raises(ValueError, match='gone.png'): dls(rows + [('gone.png', 'b')])
     with pytest.raises(ValueError, match="the classes 'a' and 'a ' differ by case or spaces"): dls(rows + [('dog/2.png', 'a ')])
+
+def test_names_in_a_csv_file_are_kept(pets):
+    (pets/'labels.csv').write_text('name, label\n' + ''.join(f'{kind}/{i}.png, {name}\n' for kind,name in (('cat', 'NA'), ('dog', 'None')) for i in range(4)))
+    assert list(image_dls(pets, labels='labels.csv', label_col='label', device='cpu').vocab) == ['NA', 'None']
+
+def test_pictures_beside_the_folders(pets, tmp_path):
+    picture(np.random.default_rng(0), 'cat').save(pets/'plan.png')
+    with pytest.raises(ValueError, match='plan.png lies in no folder of a class'): image_dls(pets, device='cpu')
+    split = fill(tmp_path/'split'/'train').parent
+    picture(np.random.default_rng(0), 'cat').save(split/'plan.png')
+    assert list(image_dls(split, device='cpu').vocab) == ['cat', 'dog']
+
+@pytest.mark.parametrize('given,message', [
+    (dict(n_train=0), 'n_train=0: n_train is a whole number from 1 on'),
+    (dict(n_train=33), 'n_train=33: there are only 32 training pictures'),
+    (dict(val_bs=0), 'val_bs=0: val_bs is a whole number from 1 on'),
+    (dict(colour='grey'), "colour='grey': colour is one of None, True, False"),
+    (dict(flip='yes'), "flip='yes': flip is True or False"),
+    (dict(seed=-1), 'seed=-1: seed is a whole number from 0'),
+    (dict(valid=1.), 'valid=1.0: valid is a share above 0 and below 1, or one of test'),
+])
+def test_bad_options(pets, given, message):
+    with pytest.raises(ValueError, match=message): image_dls(pets, **{'device': 'cpu'} | given)
+
+@pytest.mark.parametrize('memory', [1000, 10**9])
+def test_a_part_of_the_training_pictures(pets, monkeypatch, memory):
+    monkeypatch.setattr(images, '_memory', lambda device: memory)
+    assert [image_dls(pets, n_train=9, valid=valid, device='cpu').train.n for valid in (0.2, 'reference')] == [9, 9]
+    assert image_dls(pets, n_train=9, valid='reference', device='cpu').valid.n == 9
 
 def test_mixed_pictures_and_links_in_circles(pets):
     Image.new('RGBA', (90,31), (0,0,0,0)).save(pets/'cat'/'ghost.png')
