@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_checkpoint', 'Checkpoint']
 
-# %% ../nbs/13_checkpoint.ipynb #ee3c3931
+# %% ../nbs/13_checkpoint.ipynb #bfa6f25b
 import hashlib, json, random
 from numbers import Number
 from pathlib import Path
@@ -21,6 +21,7 @@ from fastai.optimizer import Optimizer
 from fastai.torch_core import get_model, rank_distrib, to_device
 from .basics import write_whole
 from .fast import schedulers
+from .model import spec_of
 from .learner import History
 
 # %% ../nbs/13_checkpoint.ipynb #5fba3406
@@ -79,7 +80,7 @@ def _set_opt_state(opt, state):
     else: state['state'] = {int(k): v for k,v in state['state'].items()} # JSON made strings of the keys
     opt.load_state_dict(state)
 
-# %% ../nbs/13_checkpoint.ipynb #43ddbad0
+# %% ../nbs/13_checkpoint.ipynb #50c2bfba
 def _fit_key(learn):
     "What has to be the same for a fit to be resumed: numbers, strings and lists by name"
     dl = learn.dls.train
@@ -88,8 +89,9 @@ def _fit_key(learn):
     shapes = {k: list(v.shape) for k,v in get_model(learn.model).state_dict().items()}
     def sample(f): return [np.asarray(f(pct), float).tolist() for pct in (0, 0.3, 0.6, 0.9)]
     schedules = [{name: sample(f) for name,f in cb.scheds.items()} for cb in schedulers(learn)]
-    return dict(epochs=learn.n_epoch, images=len(dl.dataset), batch_size=dl.bs, optimizer=type(opt).__name__,
-                rates=hypers, schedules=schedules, shapes=shapes)
+    pictures = spec_of(get_model(learn.model)).to_json()
+    return dict(epochs=learn.n_epoch, images=len(dl.dataset), pictures=pictures, batch_size=dl.bs,
+                optimizer=type(opt).__name__, rates=hypers, schedules=schedules, shapes=shapes)
 
 # %% ../nbs/13_checkpoint.ipynb #82f9e835
 def _checkpoint_bytes(state):

@@ -100,7 +100,7 @@ class KnownCategory(Categorize):
         if hasattr(dsets.items, 'spec'): self.vocab = CategoryMap(dsets.items.spec.vocab, sort=False)
         self.c = len(self.vocab)
 
-# %% ../nbs/05_data.ipynb #d761f528
+# %% ../nbs/05_data.ipynb #5d06de85
 class ImagesDL(TfmdDL):
     "A `TfmdDL` that takes each batch by index from the tensors of its `Images`"
     shard = 0,1 # which process's share of each batch, of how many
@@ -154,6 +154,7 @@ class ImagesDL(TfmdDL):
 
     def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
         "Show some items, or with `unique` one of them under different random transforms"
+        if self.spec.resize: kwargs = dict(cmap='gray') | kwargs # fastai's own colours make a negative
         if unique and b is None: b = self.new(get_idxs=lambda: Inf.zeros).one_batch() # fastai's would change `self`
         return super().show_batch(b, max_n, ctxs, show, **kwargs)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NLLLossFlat', 'TorchSGD', 'StepDecay', 'History', 'history', 'Block3Learner', 'block3_learner', 'PreciseBN']
 
-# %% ../nbs/11_learner.ipynb #d291d2a7
+# %% ../nbs/11_learner.ipynb #eb66940d
 import math, time
 from contextlib import contextmanager
 from copy import deepcopy
@@ -30,6 +30,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model
 from fastai.vision.augment import RandTransform
+from .basics import times
 from .data import Distort, Mirror
 from .fast import FastEpoch
 from .kernels import fuse, kernel_threads
@@ -192,7 +193,7 @@ def _leaving_autocast(learn):
         if is_on() and not before: learn.mixed_precision.autocast.__exit__(None, None, None)
         raise
 
-# %% ../nbs/11_learner.ipynb #1f1854b3
+# %% ../nbs/11_learner.ipynb #f438e723
 def _same_random_numbers(dls):
     "Leave the random numbers as they were"
     device = torch.device(getattr(dls, 'device', None) or 'cpu') # loaders of PyTorch have none
@@ -218,9 +219,12 @@ def _copied(model):
 @torch.no_grad()
 def _tried(model, dls):
     "The outputs of `model` for some images, or `None` where it fails, as the fit will tell"
+    x = _some_images(dls)
     try:
-        twin = _copied(model).to(dls.device).eval()
-        with _same_random_numbers(dls): return twin(_some_images(dls))
+        twin = _copied(model).to(x.device).eval()
+        with _same_random_numbers(dls): return twin(x)
+    except RuntimeError as e: # PyTorch's for a wrong shape
+        raise ValueError(f'The network does not take images of {times(x.shape[1:])}: {e}') from e
     except Exception: return None
 
 # %% ../nbs/11_learner.ipynb #b3874025

@@ -144,6 +144,7 @@ def test_the_loss_fits_the_network(pets):
     assert type(block3_learner(dls, flat(2)).loss_func).__name__ == 'CrossEntropyLossFlat'
     assert type(block3_learner(dls, flat(2, nn.LogSoftmax(1))).loss_func).__name__ == 'NLLLossFlat'
     with pytest.raises(ValueError, match='gives 10 numbers for an image, but there are 2 classes'): block3_learner(dls, flat(10))
+    with pytest.raises(ValueError, match='does not take images of 3×24×24: .*channels'): block3_learner(dls, Block3())
 
 
 def test_a_loss_that_trains_nothing_is_told_once(pets, capsys):
