@@ -6,7 +6,7 @@
 __all__ = ['picture_suffixes', 'mean_std', 'resizes', 'picture_files', 'NoDigit', 'SeveralDigits', 'opened_picture', 'mnist_form',
            'resized_picture', 'PictureSpec']
 
-# %% ../nbs/02_picture.ipynb #3b38b7ce
+# %% ../nbs/02_picture.ipynb #41e49ef5
 import io, json, math, mimetypes, os
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -100,7 +100,7 @@ def _on_paper(im):
     paper = Image.new('RGBA', im.size, 'black' if is_light else 'white')
     return Image.alpha_composite(paper, im).convert('RGB')
 
-# %% ../nbs/02_picture.ipynb #24810140
+# %% ../nbs/02_picture.ipynb #486b1f88
 def _values(im, n=512):
     "The pixels of `im`, float32 (H, W, C); a picture of 2`n` pixels or more is reduced"
     im = _plain(ImageOps.exif_transpose(im))
@@ -120,7 +120,7 @@ def _difference(values):
     most = ink.max()
     return ink if 254 <= most <= 255 else ink*(255/most) # the most ink in one of MNIST's images is 254 or 255
 
-# %% ../nbs/02_picture.ipynb #c40c4fe3
+# %% ../nbs/02_picture.ipynb #1d3a237b
 def _one_channel(values):
     "The weighted mean of the channels (H, W, C) that varies most, (H, W)"
     if values.shape[-1] == 1: return values[...,0]
@@ -136,7 +136,7 @@ def _is_dark(grey):
     rows,columns = [np.hanning(n + 2)[1:-1] for n in grey.shape]
     return rows @ (difference*difference**2) @ columns < 0 # the product is faster than `difference**3`
 
-# %% ../nbs/02_picture.ipynb #ed1b325e
+# %% ../nbs/02_picture.ipynb #7c535ee2
 def _blur_size(ink): return 2*min(3, max(ink.shape)//28) + 1
 
 def _blurred(ink): return scipy.ndimage.uniform_filter(ink, _blur_size(ink), mode='mirror')
@@ -150,7 +150,7 @@ def _is_blank(ink, blurred):
     steepest = max(np.abs(blurred[n:] - blurred[:-n]).max(), np.abs(blurred[:,n:] - blurred[:,:-n]).max())
     return blurred.max() <= 12*noise or steepest < 0.48*blurred.max()
 
-# %% ../nbs/02_picture.ipynb #7608b8c1
+# %% ../nbs/02_picture.ipynb #b5cd7eaf
 def _over(extreme, a, n):
     "The `extreme` of the `n` rows around each row of `a`, with fewer and fewer rows to compare"
     a = a[np.arange(-(n//2), len(a) + n//2).clip(0, len(a) - 1)]
@@ -173,13 +173,13 @@ def _strokes(values):
     ink = _closed(smooth, 2*int(0.15*min(grey.shape)) + 1) - grey
     return ink - _median(ink)
 
-# %% ../nbs/02_picture.ipynb #1754e9fc
+# %% ../nbs/02_picture.ipynb #f462329a
 def _mask(ink, blurred):
     "Whether each pixel of `ink` belongs to a stroke"
     inside = np.where(blurred > 0.15*blurred.max(), ink, 0)
     return (inside > 0) & (inside > inside.max()/5)
 
-# %% ../nbs/02_picture.ipynb #e5919d16
+# %% ../nbs/02_picture.ipynb #cc2c1c4d
 def _labelled(mask):
     "The connected parts of `mask`: a number for each pixel, and the box of each number as slices"
     labels,_ = scipy.ndimage.label(mask, np.ones((3,3)))
@@ -200,7 +200,7 @@ def _without_frames(mask):
 
 def _touches(box, shape): return any(side.start == 0 or side.stop == n for side,n in zip(box, shape))
 
-# %% ../nbs/02_picture.ipynb #17dbb6db
+# %% ../nbs/02_picture.ipynb #93a07a55
 def _size(box): return max(side.stop - side.start for side in box)
 
 def _is_stroke(part, box, shape):
@@ -221,7 +221,7 @@ def _parts(mask, blurred):
     inside = {i: box for i,box in boxes.items() if not _touches(box, mask.shape)}
     return labels, inside if any(_size(box) > 0.15*min(mask.shape) for box in inside.values()) else boxes
 
-# %% ../nbs/02_picture.ipynb #6046115b
+# %% ../nbs/02_picture.ipynb #ff5b2873
 def _gap(a, b): return max(max(s.start, t.start) - min(s.stop, t.stop) for s,t in zip(a, b))
 
 def _union(a, b): return tuple(slice(min(s.start, t.start), max(s.stop, t.stop)) for s,t in zip(a, b))
@@ -291,7 +291,7 @@ def _centred(digit):
     form[top:top+height, left:left+width] = digit*(255/digit.max())
     return form
 
-# %% ../nbs/02_picture.ipynb #2cd00cb6
+# %% ../nbs/02_picture.ipynb #f54a6f77
 def mnist_form(
     image, # A picture of one digit, of any size, colours and file format, as in `opened_picture`
 ) -> np.ndarray: # uint8, (28, 28)
