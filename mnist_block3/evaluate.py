@@ -85,7 +85,7 @@ def mistakes(
     wrong = df[df.truth != df.prediction].rename_axis('index').reset_index()
     return wrong.sort_values('probability', ascending=False, ignore_index=True)
 
-# %% ../nbs/12_evaluate.ipynb #f4d0f92d
+# %% ../nbs/12_evaluate.ipynb #5bc48cc3
 def plot_mistakes(
     learn:Learner, # A trained learner
     n:int=12, # How many mistakes to show
@@ -100,7 +100,7 @@ def plot_mistakes(
     for ax in axs.flat: ax.axis('off')
     for ax,row in zip(axs.flat, rows.itertuples()):
         ax.imshow(dl.dataset.tls[0][row.index], cmap='gray')
-        ax.set_title(f'{row.truth}, taken for {row.prediction}\n({100*row.probability:.0f} %)', fontsize=9)
+        ax.set_title(f'{row.truth}, taken for\n{row.prediction} ({100*row.probability:.0f} %)', fontsize=9)
     return fig
 
 # %% ../nbs/12_evaluate.ipynb #02a13842

@@ -200,7 +200,7 @@ def test_large_picture(tmp_path, mode):
     small = Image.new('L', (1000,1000), 0)
     small.paste(255, (400,200,500,800))
     with little_memory(16*9_000_000/2**20 + 20): form = mnist_form(tmp_path/'a.tif')
-    assert np.abs(form.astype(int) - mnist_form(small)).max() <= 24
+    assert np.abs(form.astype(int) - mnist_form(small)).max() <= 40 # pixels on an edge
 
 
 def tiled_tiff(side):
