@@ -26,6 +26,7 @@ cells = {
 @pytest.fixture(scope='module')
 def notebook():
     "The cells, run by a kernel with its inline backend"
+    pytest.importorskip('ipykernel')
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in (setup, *cells)])
     nbclient.NotebookClient(nb, timeout=200).execute()
     return nb
