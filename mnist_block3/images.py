@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['max_share', 'picture_table', 'deal_splits', 'read_pictures', 'get_pictures', 'image_dls']
 
-# %% ../nbs/06_images.ipynb #ac4be5c7
+# %% ../nbs/06_images.ipynb #281d7e07
 import math, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,8 +18,8 @@ from fastprogress.fastprogress import progress_bar
 from fastai.data.core import DataLoaders
 from .basics import check_choice, check_count, check_flag, check_seed, check_size
 from .data import CropRotate, get_device, image_block, Mirror
-from .picture import picture_files, PictureSpec, resizes
-from .settings import check_folder, protocols
+from .picture import picture_files, PictureSpec
+from .settings import check_folder, protocols, resizes
 from .sources import Images
 
 # %% ../nbs/06_images.ipynb #793000f6
