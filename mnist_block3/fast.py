@@ -238,6 +238,10 @@ def _leave_to_fastai(self:FastEpoch):
     if self.on: self._say(f"Taking fastai's own training loop: {self.why}")
 
 # %% ../nbs/10_fast.ipynb #4d529bba
+_of_modules = vars(nn.Module()).keys() - {'training'} # their tensors and modules are compared by themselves
+
+def _own_attributes(o): return {k: v for k,v in vars(o).items() if k not in _of_modules}
+
 def _signature(learn, options):
     "All that `Steps` takes for granted"
     dl,loss,sgd = learn.dls.train,learn.loss_func,learn.opt.opt
@@ -246,7 +250,7 @@ def _signature(learn, options):
     bufs = [sgd.state.get(p, {}).get('momentum_buffer') for g in sgd.param_groups for p in g['params']]
     per_step = {'params', 'lr', 'initial_lr'} | ({'momentum'} if options['sched_mom'] else set())
     groups = [[(k, v) for k,v in g.items() if k not in per_step] + [id(p) for p in g['params']] for g in sgd.param_groups]
-    return (options, dl.bs, dl.n, dl.drop_last, groups, [(id(o), fixed(vars(o))) for o in objects],
+    return (options, dl.bs, dl.n, dl.drop_last, groups, [(id(o), fixed(_own_attributes(o))) for o in objects],
             [(t.data_ptr(), t.stride(), t.requires_grad) for t in tensors],
             [buf is not None and buf.data_ptr() for buf in bufs])
 

@@ -6,7 +6,7 @@
 __all__ = ['march', 'why_no_kernels', 'Op', 'Run', 'kernel_threads', 'PythonState', 'fixed', 'fuse']
 
 # %% ../nbs/08_kernels.ipynb #5112518b
-import ctypes, hashlib, math, os, platform, random, shlex, shutil, subprocess, tempfile, threading
+import ctypes, hashlib, math, os, pickle, platform, random, shlex, shutil, subprocess, tempfile, threading
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
@@ -436,7 +436,7 @@ class PythonState:
         self.seen = self._look()
 
     def _look(self):
-        values = [{k: fixed(v) for k,v in vars(o).items()} for o in self.objects]
+        values = [{k: fixed(v, _pickled) for k,v in vars(o).items()} for o in self.objects]
         return values, random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
 
     def unchanged(self): return self.seen == self._look()
@@ -455,12 +455,19 @@ class PythonState:
 # %% ../nbs/08_kernels.ipynb #4f28eeb4
 def fixed(
     v, # A value, for instance of an attribute
+    other=id, # What stands for an object that is no number, text, tensor or container
 ): # Numbers, text and addresses
     "Differs where `v`, or something in it, has been replaced"
     if isinstance(v, (bool,int,float,str)): return v
     if isinstance(v, torch.Tensor): return id(v), v.data_ptr()
-    if isinstance(v, dict): return {k: fixed(item) for k,item in v.items()}
-    return [fixed(item) for item in v] if isinstance(v, (list,tuple,set)) else id(v)
+    if isinstance(v, dict): return {k: fixed(item, other) for k,item in v.items()}
+    return [fixed(item, other) for item in v] if isinstance(v, (list,tuple,set)) else other(v)
+
+def _pickled(v):
+    "What is in an object, such as the state of a random generator; its address where pickle does not take it"
+    if isinstance(v, nn.Module): return id(v) # its own attributes are compared
+    try: return pickle.dumps(v)
+    except Exception: return id(v)
 
 def _content(v): return copy(v) if isinstance(v, (list,dict,set)) else None
 

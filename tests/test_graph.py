@@ -1,5 +1,7 @@
 "The captured step, as far as a CPU can show it: with a recorder in place of CUDA graphs, and with fake tensors of a GPU"
 from functools import partial
+from types import SimpleNamespace
+import numpy as np
 import pytest, torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -91,6 +93,13 @@ class CountingRotate(CropRotate):
         self.n += 1
         return super().augment(x)
 
+class OwnDice(CropRotate):
+    "Draws from a generator of its own, in an object of its own"
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dice = SimpleNamespace(rng=np.random.default_rng(0))
+    def augment(self, x): return super().augment(x) if self.dice.rng.random() < 2 else x
+
 class RunningLoss(nn.CrossEntropyLoss):
     "Replaces a buffer of its own"
     def __init__(self, **kwargs):
@@ -109,6 +118,7 @@ class Running(CrossEntropyLossFlat):
     ('waits', dict(model=lambda: Waits(Block3(drop=0.)))), ('list', dict(model=lambda: Counts(Block3(drop=0.)))),
     ('tensor', dict(model=lambda: Replaces(Block3(drop=0.)))),
     ('transform', dict(model=partial(Block3, drop=0.), aug_tfms=[CountingRotate(p=0, draw=5.)])),
+    ('generator', dict(model=partial(Block3, drop=0.), aug_tfms=[OwnDice(p=0, draw=5.)])),
     ('loss', dict(model=partial(Block3, drop=0.), loss=Running))], ids=lambda value: value if isinstance(value, str) else '')
 def test_graph_is_refused_and_fastais_loop_takes_over(at_hand, monkeypatch, what, kwargs):
     "With the weights that it would have had alone"
