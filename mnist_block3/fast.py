@@ -42,9 +42,9 @@ def _runs_augment(tfm):
     return 'augment' in vars(owner) and not skips_batches
 
 # %% ../nbs/10_fast.ipynb #af73629a
-_batch_events = ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward',
-                 'before_step', 'after_cancel_step', 'after_step', 'after_cancel_batch', 'after_batch', 'after_cancel_train',
-                 'after_cancel_validate')
+_batch_events = (
+    'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step',
+    'after_cancel_step', 'after_step', 'after_cancel_batch', 'after_batch', 'after_cancel_train', 'after_cancel_validate')
 _known_cbs = TrainEvalCallback,Recorder,ProgressCallback,CastToTensor
 
 def _event_of(cb, events):
@@ -66,7 +66,8 @@ def _why_not_learner(learn):
     "Why the loop of `learn` is not fastai's, or `None`"
     for name in ('all_batches', 'one_batch', '_do_one_batch', '_do_epoch_train'):
         if name in vars(learn): return f'the learner has its own {name}'
-        if getattr(type(learn), name) is not getattr(Learner, name): return f'{type(learn).__name__} has its own {name}'
+        if getattr(type(learn), name) is getattr(Learner, name): continue
+        return f'{type(learn).__name__} has its own {name}'
     model_device = next(learn.model.parameters()).device
     data_device = torch.empty(0, device=learn.dls.device).device # with its index
     if model_device.type not in ('cpu', 'cuda') or model_device != data_device:
@@ -78,7 +79,8 @@ def _why_not_learner(learn):
 # %% ../nbs/10_fast.ipynb #26cbbb1b
 def _why_not_model(model):
     "Why `model` needs fastai's loop, or `None`"
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return f'{type(model).__name__} spreads the model'
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return f'{type(model).__name__} spreads the model'
     hooks = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
     if any(getattr(m, name) for m in model.modules() for name in hooks): return 'the model has hooks'
     if any(p._backward_hooks or getattr(p, '_post_accumulate_grad_hooks', None) for p in model.parameters()):
@@ -109,7 +111,8 @@ def _why_not_opt(opt):
 def _why_not_metrics(recorder):
     "Why the metrics need fastai's loop, or `None`"
     for metric in recorder.metrics:
-        if type(metric) not in (AvgMetric, AccumMetric): return f'{type(metric).__name__} is neither AvgMetric nor AccumMetric'
+        if type(metric) in (AvgMetric, AccumMetric): continue
+        return f'{type(metric).__name__} is neither AvgMetric nor AccumMetric'
 
 # %% ../nbs/10_fast.ipynb #3ebb2895
 def why_plain(
@@ -204,7 +207,8 @@ def _why(self:FastEpoch):
     if not self.on: return 'fast=False'
     if why := why_plain(self.learn, self): return why
     sched_mom = any('mom' in cb.scheds for cb in schedulers(self.learn))
-    self.options = dict(kernels=self._with_kernels(), graph=not _is_cpu(self.learn), sched_mom=sched_mom, bf16=self.bf16)
+    self.options = dict(kernels=self._with_kernels(), graph=not _is_cpu(self.learn),
+                        sched_mom=sched_mom, bf16=self.bf16)
 
 def schedulers(
     learn:Learner, # In a fit
@@ -249,7 +253,8 @@ def _signature(learn, options):
     tensors = [*learn.model.parameters(), *learn.model.buffers(), *getattr(loss.func, 'buffers', list)()]
     bufs = [sgd.state.get(p, {}).get('momentum_buffer') for g in sgd.param_groups for p in g['params']]
     per_step = {'params', 'lr', 'initial_lr'} | ({'momentum'} if options['sched_mom'] else set())
-    groups = [[(k, v) for k,v in g.items() if k not in per_step] + [id(p) for p in g['params']] for g in sgd.param_groups]
+    groups = [{k: v for k,v in g.items() if k not in per_step} | dict(params=[id(p) for p in g['params']])
+              for g in sgd.param_groups]
     return (options, dl.bs, dl.n, dl.drop_last, groups, [(id(o), fixed(_own_attributes(o))) for o in objects],
             [(t.data_ptr(), t.stride(), t.requires_grad) for t in tensors],
             [buf is not None and buf.data_ptr() for buf in bufs])
@@ -385,7 +390,8 @@ def _predict(self:FastEpoch, dl, idxs):
 def _is_mean_of_images(metric, loss_func):
     "Whether `metric` on a whole set is the mean that fastai makes of its batches"
     func = loss_func.func
-    if isinstance(metric, AvgLoss): return type(func) in (nn.NLLLoss, nn.CrossEntropyLoss) and func.weight is None
+    if isinstance(metric, AvgLoss):
+        return type(func) in (nn.NLLLoss, nn.CrossEntropyLoss) and func.weight is None
     return isinstance(metric, AccumMetric) or metric.func in (accuracy, error_rate)
 
 @patch

@@ -185,7 +185,8 @@ struct Channel { // reads a channel of a block, and takes the gradient of what i
     vec s, t, mean, gs{}, gt{};
     bool scaled, relu;
 
-    Channel(const Images& x, int b, int ch): a(x.a(b) + long(ch)*x.h*x.w), ga(x.ga_.p ? x.ga(b) + long(ch)*x.h*x.w : nullptr),
+    Channel(const Images& x, int b, int ch):
+        a(x.a(b) + long(ch)*x.h*x.w), ga(x.ga_.p ? x.ga(b) + long(ch)*x.h*x.w : nullptr),
         s(x.scaled ? x.s(b)[ch] : vec{} + 1), t(x.scaled ? x.t(b)[ch] : vec{}), mean(vec{} + x.mean[ch]),
         scaled(x.scaled), relu(x.relu) {}
 
@@ -215,7 +216,8 @@ constexpr int most_columns(int OB) { // of a tile of OB channels, so that its su
 
 // OB output channels at PX neighbouring pixels, with the rows k0 to k1 of the kernel; `weight` is [ci][ky][kx][OB]
 template<int K, int OB, int PX, bool affine>
-static inline void tile(Planes x, int n_in, int k0, int k1, const real* weight, const real* bias, Scale scale, vec (&acc)[OB][PX]) {
+static inline void tile(Planes x, int n_in, int k0, int k1, const real* weight, const real* bias, Scale scale,
+                        vec (&acc)[OB][PX]) {
     for (int o = 0; o < OB; o++) for (auto& v : acc[o]) v = vec{} + bias[o];
     for (int ci = 0; ci < n_in; ci++) for (int ky = k0; ky < k1; ky++) {
         vec in[PX+K-1];
@@ -234,20 +236,24 @@ static inline void tile(Planes x, int n_in, int k0, int k1, const real* weight, 
 
 // All outputs of a convolution go to `out.put`. The columns of x have `pad` zeros on both sides, its rows have none
 template<int K, int OB, bool affine, class Out>
-static void convolve(Planes x, int n_in, int n_out, int h, int w, int pad, const real* weight, const real* bias, Scale scale, Out out) {
+static void convolve(Planes x, int n_in, int n_out, int h, int w, int pad,
+                     const real* weight, const real* bias, Scale scale, Out out) {
     constexpr int PX = most_columns(OB);
     for (int co = 0; co < n_out; co += OB, weight += n_in*K*K*OB, bias += OB) {
         int n = std::min(OB, n_out-co);
         typename Out::template Sums<OB> sums{};
-        vec corner[OB][1]; // the first pixel: the moments are of what differs from it, which keeps the digits of a small variance
-        tile<K,OB,1,affine>({x.p - pad*x.row, x.plane, x.row}, n_in, pad, std::min(K, h+K-1-pad), weight, bias, scale, corner);
+        // The moments are of differences from the first pixel, which keeps the digits of a small variance
+        vec corner[OB][1];
+        Planes first{x.p - pad*x.row, x.plane, x.row};
+        tile<K,OB,1,affine>(first, n_in, pad, std::min(K, h+K-1-pad), weight, bias, scale, corner);
         for (int o = 0; o < n; o++) out.first(sums, co+o, o, corner[o][0]);
         for (int y = 0; y < h; y++) {
             int col = 0, k0 = std::max(0, pad-y), k1 = std::min(K, h+K-1-pad-y);
             auto columns = [&]<int P>() {
                 for (; col+P <= w; col += P) {
                     vec acc[OB][P];
-                    tile<K,OB,P,affine>({x.p + (y-pad)*x.row + col, x.plane, x.row}, n_in, k0, k1, weight, bias, scale, acc);
+                    Planes at{x.p + (y-pad)*x.row + col, x.plane, x.row};
+                    tile<K,OB,P,affine>(at, n_in, k0, k1, weight, bias, scale, acc);
                     #pragma GCC unroll 8
                     for (int o = 0; o < OB; o++) if (o < n)
                         #pragma GCC unroll 8
@@ -273,7 +279,8 @@ template<class F> static void with_tile(int c, int k, F f) {
     if (k == 3) five ? f.template operator()<3,5>() : f.template operator()<3,8>();
 }
 
-// Weights (n_out, n_in, k, k) as `tile` reads them; `back`: for the gradient of the input, turned round and channels swapped
+// Weights (n_out, n_in, k, k) as `tile` reads them.
+// `back`: for the gradient of the input, turned round and channels swapped
 static void pack(const real* weight, int n_out, int n_in, int k, bool back, std::vector<real>& packed) {
     if (back) std::swap(n_out, n_in);
     int ob = tile_channels(n_out, k), kk = k*k;
@@ -287,7 +294,8 @@ static void pack(const real* weight, int n_out, int n_in, int k, bool back, std:
 
 // acc[co][ci][ky][kx] += sums over pixels of g(co, pixel) * x(ci, pixel + k), for OB channels of g and IB of x
 template<int K, int OB, int IB, bool affine>
-static void weight_grad_tile(Planes x, Planes g, int co, int n_out, int ci, int n_in, int h, int pad, int y0, int y1, int w, Scale scale, vec* acc) {
+static void weight_grad_tile(Planes x, Planes g, int co, int n_out, int ci, int n_in, int h, int pad,
+                             int y0, int y1, int w, Scale scale, vec* acc) {
     vec sum[OB][IB][K], s[IB], t[IB];
     const vec* gp[OB];
     for (int o = 0; o < OB; o++) gp[o] = g.p + std::min(co+o, n_out-1)*g.plane;
@@ -321,13 +329,16 @@ static void weight_grad_tile(Planes x, Planes g, int co, int n_out, int ci, int 
 }
 
 template<int K, int OB, bool affine>
-static void weight_grad(Planes x, Planes g, int n_in, int n_out, int h, int pad, int y0, int y1, int w, Scale scale, vec* acc) {
+static void weight_grad(Planes x, Planes g, int n_in, int n_out, int h, int pad,
+                        int y0, int y1, int w, Scale scale, vec* acc) {
     constexpr int IB = K > 1 ? 1 : OB > 6 ? 3 : 4;
     int rows = std::max(1, first_cache/int(sizeof(vec))/(OB*w)); // so that this part of g stays in the first cache
     for (int y = y0; y < y1; y += rows) for (int co = 0; co < n_out; co += OB) {
         int end = std::min(y1, y+rows), ci = 0;
-        for (; ci+IB <= n_in; ci += IB) weight_grad_tile<K,OB,IB,affine>(x, g, co, n_out, ci, n_in, h, pad, y, end, w, scale, acc);
-        for (; ci < n_in; ci++) weight_grad_tile<K,OB,1,affine>(x, g, co, n_out, ci, n_in, h, pad, y, end, w, scale, acc);
+        for (; ci+IB <= n_in; ci += IB)
+            weight_grad_tile<K,OB,IB,affine>(x, g, co, n_out, ci, n_in, h, pad, y, end, w, scale, acc);
+        for (; ci < n_in; ci++)
+            weight_grad_tile<K,OB,1,affine>(x, g, co, n_out, ci, n_in, h, pad, y, end, w, scale, acc);
     }
 }
 
@@ -556,7 +567,8 @@ struct Conv : Op { // with what follows it: ReLU, BatchNorm in either order, and
     Buffer first, sum, square;
 
     Conv(Images* x, Images* y, int k, int pad, bool norm, bool relu_first, double eps, int conv):
-        Op(x, y), k(k), pad(pad), norm(norm), relu_first(relu_first), eps(eps), conv(conv), rstd(y->c), c0(y->c), c1(y->c) {}
+        Op(x, y), k(k), pad(pad), norm(norm), relu_first(relu_first), eps(eps), conv(conv),
+        rstd(y->c), c0(y->c), c1(y->c) {}
 
     long n_weights() const { return long(x->c)*y->c*k*k; }
     const real* tensor(const Call& call, int i) const { return call.tensors[6*conv + i]; }
@@ -623,13 +635,15 @@ struct Conv : Op { // with what follows it: ReLU, BatchNorm in either order, and
         bool affine = k == 1 && direct() && x->scaled;
         with_tile(y->c, k, [&]<int K, int OB>() {
             if constexpr (K == 1)
-                if (affine) return convolve<K,OB,true>(in, x->c, y->c, y->h, y->w, pad, packed.data(), bias.data(), scale(slot), out);
+                if (affine)
+                    return convolve<K,OB,true>(in, x->c, y->c, y->h, y->w, pad, packed.data(), bias.data(), scale(slot), out);
             convolve<K,OB,false>(in, x->c, y->c, y->h, y->w, pad, packed.data(), bias.data(), {}, out);
         });
         if (joins_blocks(call)) block_moments(call, b);
     }
 
-    void block_moments(const Call& call, int b) { // mean and sum of squared distances from it, over the images of a block
+    // Mean, and sum of squared distances from it, over the images of a block
+    void block_moments(const Call& call, int b) {
         int n = std::min(L, call.n - b*L);
         double plane = double(y->h)*y->w;
         for (int c = 0; c < y->c; c++) {
@@ -652,7 +666,9 @@ struct Conv : Op { // with what follows it: ReLU, BatchNorm in either order, and
         if (!joins_blocks(call)) return;
         int blocks = (call.n + L-1)/L;
         double count = double(call.n)*y->h*y->w;
-        real *running_mean = call.tensors[6*conv + 4], *running_var = call.tensors[6*conv + 5], rate = call.rates[number];
+        real* running_mean = call.tensors[6*conv + 4];
+        real* running_var = call.tensors[6*conv + 5];
+        real rate = call.rates[number];
         for (int c = 0; c < y->c; c++) {
             double mean = 0, var = 0;
             auto share = [&](int b) { return double(std::min(L, call.n - b*L))/call.n; };
@@ -698,10 +714,13 @@ struct Conv : Op { // with what follows it: ReLU, BatchNorm in either order, and
     }
 
     void backward(const Call& call, int b) override {
-        bool grad_x = x->wants_grad, by_rows = k == 1 || !grad_x; // by_rows: no row needs its neighbours' gradient
+        bool grad_x = x->wants_grad;
+        bool by_rows = k == 1 || !grad_x; // no row needs its neighbours' gradient
         int q = grad_x ? k-1-pad : 0, wq = y->w + 2*q, h = y->h;
         int rows = by_rows ? std::clamp(second_cache/int(sizeof(vec))/((x->c+y->c)*y->w), 1, h) : h;
-        vec *g = scratch().g.at_least(long(y->c)*rows*wq), *acc = scratch().acc.at_least(n_weights() + y->c), *total = acc + n_weights();
+        vec* g = scratch().g.at_least(long(y->c)*rows*wq);
+        vec* acc = scratch().acc.at_least(n_weights() + y->c);
+        vec* total = acc + n_weights();
         memset((void*)acc, 0, sizeof(vec)*(n_weights() + y->c));
         bool affine = direct() && x->scaled;
         Planes in = input(b, true), gz{g, long(rows)*wq, wq};

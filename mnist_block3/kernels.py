@@ -293,7 +293,8 @@ def launch(self:Run, plan, x, params, keep):
     tensors = _addresses([t for i,pair in enumerate(stats) for t in params[4*i:4*i+4] + pair])
     out = x.new_empty(plan.out_shape)
     threads = _threads or torch.get_num_threads()
-    batch.call = _Call(len(x), threads, x.data_ptr(), out.data_ptr(), *map(ctypes.addressof, (tensors, masks, rates)))
+    arrays = map(ctypes.addressof, (tensors, masks, rates))
+    batch.call = _Call(len(x), threads, x.data_ptr(), out.data_ptr(), *arrays)
     if x.requires_grad: batch.call.g_x = x.data_ptr() # not null: the backward pass will want it
     batch.kept = x, params, masks, rates, tensors
     plan.lib.run_forward(batch.buffers.run, ctypes.byref(batch.call), keep)

@@ -232,7 +232,8 @@ def _fitting_loss(pred, n_classes):
     "The loss for the outputs `pred` of a network; raises `ValueError` where they are not one for each class"
     if pred is None: return NLLLossFlat()
     if pred.ndim == 2 and pred.shape[1] != n_classes:
-        raise ValueError(f'The network gives {pred.shape[1]} numbers for an image, but there are {n_classes} classes')
+        raise ValueError(f'The network gives {pred.shape[1]} numbers for an image, '
+                         f'but there are {n_classes} classes')
     sums = pred.float().exp().sum(-1)
     return NLLLossFlat() if torch.allclose(sums, torch.ones_like(sums), atol=1e-3) else CrossEntropyLossFlat()
 
