@@ -85,7 +85,7 @@ def test_of_says_what_the_study_has(study):
 
 
 def test_of_says_that_a_recipe_is_missing(study):
-    with pytest.raises(ValueError, match='no finished run of the reference recipe; it has tuned'): study.of('reference')
+    with pytest.raises(ValueError, match="recipe='reference': .* has finished runs of tuned"): study.of('reference')
 
 
 def test_of_finds_the_recorded_runs():
@@ -201,9 +201,11 @@ def test_compare_says_what_it_cannot_use(runs, message):
 
 def test_plot_sweep_shows_each_run_its_mean_and_spread(study):
     ax = plot_sweep(study, 'lr', epochs=2).axes[0]
-    groups = 100*study.of('tuned', epochs=2, lr=[0.05, 0.1]).set_index('lr').accuracy
+    rows = study.of('tuned', epochs=2, lr=[0.05, 0.1])
+    groups = 100*rows.set_index('lr').accuracy
     runs, means = ax.lines[:2]
-    assert runs.get_ydata() == pytest.approx(groups.sort_index(kind='stable').values)
+    assert runs.get_ydata() == pytest.approx(groups.values)
+    assert runs.get_xdata().round().tolist() == (rows.lr == 0.1).tolist()
     assert means.get_ydata() == pytest.approx(groups.groupby('lr').mean().values)
     ends = [np.ptp(bar[:,1])/2 for bar in ax.collections[0].get_segments()]
     assert ends == pytest.approx(groups.groupby('lr').std().values)
@@ -226,7 +228,7 @@ def test_plot_sweep_mixes_no_epochs(study):
 
 def test_plot_sweep_mixes_no_recipes(tmp_path):
     study = record(tmp_path, sweep_grid(['tuned', 'reference'], range(2)))
-    with pytest.raises(ValueError, match='recipe=None: .* has runs of tuned, reference'): plot_sweep(study, 'lr')
+    with pytest.raises(ValueError, match='recipe=None: .* has finished runs of tuned, reference'): plot_sweep(study, 'lr')
     assert plot_sweep(study.folder, 'lr', recipe='reference').axes[0].get_ylabel() == 'test accuracy in %'
 
 
