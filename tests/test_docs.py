@@ -132,8 +132,8 @@ def test_no_markup_is_left(pages):
 @pytest.mark.slow
 def test_names_lead_to_their_entries(pages, built):
     "A name in backticks is a link to where it is explained"
-    learner = pages[built/'learner.html'].text
-    assert re.search(r'href="[^"]*fast\.html#fastepoch"[^>]*>\s*<code>FastEpoch</code>', learner)
+    callbacks = pages[built/'howto'/'callbacks.html'].text
+    assert re.search(r'href="[^"]*fast\.html#fastepoch"[^>]*>\s*<code>FastEpoch</code>', callbacks)
     entries = set().union(*(page.ids for page in pages.values()))
     names = {'mnist_dls', 'Block3', 'block3_learner', 'FastEpoch', 'mistakes', 'mnist_form', 'predict_files'}
     assert {name.lower() for name in names} <= entries

@@ -24,7 +24,8 @@ def drop_number(name):
 
 
 def mend_links(text, depth):
-    "Make links relative to a page `depth` folders down; drop links to source code when it is not published"
+    "Make links relative to a page `depth` folders down; drop those to private names and to unpublished source code"
+    text = re.sub(r'\[(`_\w+`)\]\([^)]*\)', r'\1', text)
     if not get_config().git_url: text = re.sub(r'\[source\]\([^)]*\)\{[^}]*\}', '', text)
     text = re.sub(r'\]\(((?:[\w.]+/)*)\d+_(?=\w+\.ipynb)', r'](\1', text)
     return re.sub(r'\]\(/(?=[\w/]+\.html)', '](' + '../'*depth, text)
