@@ -157,16 +157,36 @@ function resize(ink, height, width, [top, bottom, left, right], h, w) {
   return out.map(v => Math.max(0, v))
 }
 
-// 28×28 grey values in MNIST's form, or 'none' or 'several'
-function mnistForm(ink, height, width) {
+// Means over squares of n×n pixels
+function reduced({ink, height, width}, n) {
+  const small = {height: Math.ceil(height/n), width: Math.ceil(width/n)}
+  const sums = new Float32Array(small.height*small.width), counts = new Float32Array(sums.length)
+  ink.forEach((v, i) => {
+    const at = Math.floor(Math.floor(i/width)/n)*small.width + Math.floor(i % width/n)
+    sums[at] += v
+    counts[at]++
+  })
+  return {...small, ink: sums.map((sum, i) => Math.round(sum/counts[i]))}
+}
+
+// The digit in an image and that image, or 'none' or 'several'
+function findInk({ink, height, width}) {
   const max = values => values.reduce((a, b) => Math.max(a, b), 0)
-  const soft = soften(Float32Array.from(ink), height, width), least = 0.15*max(soft)
+  const soft = soften(ink, height, width), least = 0.15*max(soft)
   const inside = Array.from(ink, (v, i) => soft[i] > least ? v : 0), most = max(inside)
   const found = findDigit(ink, inside.map(v => v > most/5), height, width)
+  return found.box ? {...found, height, width} : found
+}
+
+// 28×28 grey values in MNIST's form, or 'none' or 'several'
+function mnistForm(ink, height, width) {
+  const image = {ink: Float32Array.from(ink), height, width}, n = Math.floor(Math.max(height, width)/80)
+  let found = n > 1 ? findInk(reduced(image, n)) : 'none'
+  if (found === 'none' || found.box && size(found.box) < 22) found = findInk(image) // small digits are read from all pixels
   if (!found.box) return found
   const [top, bottom, left, right] = found.box
   const [h, w] = [bottom - top, right - left].map(v => Math.max(1, Math.floor(20*v/size(found.box) + 0.5)))
-  const small = resize(found.own, height, width, found.box, h, w), darkest = Math.max(...small), middle = centre(small, h, w)
+  const small = resize(found.own, found.height, found.width, found.box, h, w), darkest = Math.max(...small), middle = centre(small, h, w)
   const [y0, x0] = [h, w].map((n, i) => Math.min(Math.max(Math.floor(14.5 - middle[i]), 0), 28 - n))
   const out = new Array(28*28).fill(0)
   small.forEach((v, i) => { out[(y0 + Math.floor(i/w))*28 + x0 + i % w] = Math.min(255, Math.floor(v*255/darkest + 0.5)) })

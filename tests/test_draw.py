@@ -92,7 +92,7 @@ def test_the_page_has_the_same_form(page):
         pic = Image.new('L', rng.integers(150, 200, 2).tolist())
         size = int(rng.integers(40, 140))
         pic.paste(Image.fromarray(digit).resize((size, size)), rng.integers(0, 150 - size, 2).tolist())
-        got = page.execute_script('return mnistForm(arguments[0], arguments[1], arguments[2])', list(pic.getdata()), pic.height, pic.width)
+        got = page.execute_script('return mnistForm(arguments[0], arguments[1], arguments[2])', np.asarray(pic).ravel().tolist(), pic.height, pic.width)
         assert abs(np.reshape(got, (28, 28)) - mnist_form(pic).astype(int)).max() <= 1, i
 
 
