@@ -321,12 +321,12 @@ def test_between_two_epochs_no_operation_is_done_step_by_step(instant, fit):
 @pytest.mark.slow
 @both_recipes
 def test_between_two_epochs_the_host_is_soon_done(instant, monkeypatch, mnist, fit):
-    "In 5 to 6 ms on a machine with other work; before the schedule and the order of images were cheap, 13 and 48"
+    "In 4.4 to 4.9 ms of CPU time; before the schedule and the order of images were cheap, in 13 and 48 ms"
     monkeypatch.setattr('mnist_block3.data.load_digits', lambda source=None: mnist)
     ended = []
-    cb = partial(Callback, after_epoch=lambda cb: ended.append(time.perf_counter()))
+    cb = partial(Callback, after_epoch=lambda cb: ended.append(time.thread_time()))
     fit(make(data=dict(valid='test', n_train=None, bs=64), model=Block3, cbs=cb), 30)
-    assert np.diff(ended).min() < 0.012
+    assert np.diff(ended).min() < 0.008
 
 def test_an_exception_leaves_nothing_stale(device, tmp_path):
     def boom(cb): raise ValueError('boom')
