@@ -437,6 +437,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mnist_block3.picture._size': ('picture.html#_size', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._squared': ('picture.html#_squared', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._strokes': ('picture.html#_strokes', 'mnist_block3/picture.py'),
+                                      'mnist_block3.picture._surrounds': ('picture.html#_surrounds', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._touches': ('picture.html#_touches', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._union': ('picture.html#_union', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._values': ('picture.html#_values', 'mnist_block3/picture.py'),

@@ -132,7 +132,8 @@ def _is_dark(grey):
     "Whether the ink is darker than the paper; a coarse look is enough"
     step = max(grey.shape)//64 + 1
     grey = grey[::step,::step]
-    difference = grey - scipy.ndimage.uniform_filter(grey, int(0.45*max(grey.shape)), mode='nearest')
+    near,far = [scipy.ndimage.uniform_filter(grey, int(share*max(grey.shape)), mode='nearest') for share in (0.1, 0.5)]
+    difference = 4*grey - 3*near - far
     rows,columns = [np.hanning(n + 2)[1:-1] for n in grey.shape]
     return rows @ (difference*difference**2) @ columns < 0 # the product is faster than `difference**3`
 
@@ -185,11 +186,24 @@ def _labelled(mask):
     labels,_ = scipy.ndimage.label(mask, np.ones((3,3)))
     return labels, dict(enumerate(scipy.ndimage.find_objects(labels), 1))
 
+def _size(box): return max(side.stop - side.start for side in box)
+
+def _surrounds(i, labels, boxes):
+    "Whether part `i` is on all four sides of a part with more than 0.4 times its size"
+    outer = boxes[i]
+    part = labels[outer] == i
+    for inner in boxes.values():
+        if _size(inner) <= 0.4*_size(outer) or not all(o.start < s.start and s.stop < o.stop for o,s in zip(outer, inner)): continue
+        y,x = [(s.start + s.stop)//2 - o.start for o,s in zip(outer, inner)]
+        if part[:y,x].any() and part[y:,x].any() and part[y,:x].any() and part[y,x:].any(): return True
+    return False
+
 def _without_frames(mask):
     "`_labelled` of `mask` less the frames within the picture"
     labels,boxes = _labelled(mask)
     rest = mask.copy()
     for i,box in boxes.items():
+        if _surrounds(i, labels, boxes): rest[labels == i] = False
         height,width = [side.stop - side.start for side in box]
         n = max(height, width)//12
         if min(height, width) < max(4*n, len(mask)/5) or _touches(box, mask.shape): continue
@@ -201,8 +215,6 @@ def _without_frames(mask):
 def _touches(box, shape): return any(side.start == 0 or side.stop == n for side,n in zip(box, shape))
 
 # %% ../nbs/02_picture.ipynb #93a07a55
-def _size(box): return max(side.stop - side.start for side in box)
-
 def _is_stroke(part, box, shape):
     "Whether `part` of a picture of `shape` is no line, edge, grid or spot"
     spans = np.divide(part.shape, shape)
