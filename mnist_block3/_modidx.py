@@ -414,6 +414,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mnist_block3.picture._digit': ('picture.html#_digit', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._digit_of': ('picture.html#_digit_of', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._eight_bits': ('picture.html#_eight_bits', 'mnist_block3/picture.py'),
+                                      'mnist_block3.picture._frame_width': ('picture.html#_frame_width', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._from_array': ('picture.html#_from_array', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._gap': ('picture.html#_gap', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._is_blank': ('picture.html#_is_blank', 'mnist_block3/picture.py'),

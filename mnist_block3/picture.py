@@ -132,7 +132,7 @@ def _is_dark(grey):
     "Whether the ink is darker than the paper; a coarse look is enough"
     step = max(grey.shape)//64 + 1
     grey = grey[::step,::step]
-    near,far = [scipy.ndimage.uniform_filter(grey, int(share*max(grey.shape)), mode='nearest') for share in (0.1, 0.5)]
+    near,far = [scipy.ndimage.uniform_filter(grey, int(share*max(grey.shape)), mode='nearest') for share in (0.1, 0.6)]
     difference = 4*grey - 3*near - far
     rows,columns = [np.hanning(n + 2)[1:-1] for n in grey.shape]
     return rows @ (difference*difference**2) @ columns < 0 # the product is faster than `difference**3`
@@ -188,31 +188,38 @@ def _labelled(mask):
 
 def _size(box): return max(side.stop - side.start for side in box)
 
-def _surrounds(i, labels, boxes):
-    "Whether part `i` is on all four sides of a part with more than 0.4 times its size"
-    outer = boxes[i]
-    part = labels[outer] == i
-    for inner in boxes.values():
-        if _size(inner) <= 0.4*_size(outer) or not all(o.start < s.start and s.stop < o.stop for o,s in zip(outer, inner)): continue
-        y,x = [(s.start + s.stop)//2 - o.start for o,s in zip(outer, inner)]
-        if part[:y,x].any() and part[y:,x].any() and part[y,:x].any() and part[y,x:].any(): return True
+def _touches(box, shape): return any(side.start == 0 or side.stop == n for side,n in zip(box, shape))
+
+def _surrounds(part, outer, boxes):
+    "Whether `part` is on all four sides of another part that has over 0.4 times its size"
+    for box in boxes.values():
+        is_inside = all(o.start < s.start and s.stop < o.stop for o,s in zip(outer, box))
+        if not is_inside or _size(box) <= 0.4*_size(outer): continue
+        y,x = [(s.start + s.stop)//2 - o.start for o,s in zip(outer, box)]
+        if all(line.any() for line in (part[:y,x], part[y:,x], part[y,:x], part[y,x:])): return True
     return False
 
+def _frame_width(part):
+    "Pixels to take from each side of `part`, 0 if it does not cover all four"
+    n = max(part.shape)//12
+    sides = part, part[::-1], part.T, part.T[::-1] # each with the side at the top
+    if min(side[:n].any(0).mean() for side in sides) <= 0.9: return 0
+    lines = [side[:min(part.shape)//4].mean(1) for side in sides]
+    wide = max(n, int(np.median([(line > 0.7).sum() for line in lines])) + 1)
+    is_digit_left = part[wide:-wide,wide:-wide].any(1).sum() > 0.4*len(part)
+    return wide if is_digit_left else n
+
 def _without_frames(mask):
-    "`_labelled` of `mask` less the frames within the picture"
+    "`_labelled` of `mask` less the frames"
     labels,boxes = _labelled(mask)
     rest = mask.copy()
     for i,box in boxes.items():
-        if _surrounds(i, labels, boxes): rest[labels == i] = False
-        height,width = [side.stop - side.start for side in box]
-        n = max(height, width)//12
-        if min(height, width) < max(4*n, len(mask)/5) or _touches(box, mask.shape): continue
         part = labels[box] == i
-        sides = part[:n].any(0), part[-n:].any(0), part[:,:n].any(1), part[:,-n:].any(1)
-        if min(side.mean() for side in sides) > 0.9: rest[box] &= np.pad(part[n:-n,n:-n] | True, n)
+        if _surrounds(part, box, boxes): rest[box] &= ~part
+        elif min(part.shape) >= max(max(part.shape)//12*4, len(mask)/5) and not _touches(box, mask.shape):
+            n = _frame_width(part)
+            if n: rest[box] &= np.pad(part[n:-n,n:-n] | True, n)
     return (labels, boxes) if np.array_equal(rest, mask) else _labelled(rest)
-
-def _touches(box, shape): return any(side.start == 0 or side.stop == n for side,n in zip(box, shape))
 
 # %% ../nbs/02_picture.ipynb #93a07a55
 def _is_stroke(part, box, shape):
@@ -228,10 +235,10 @@ def _parts(mask, blurred):
     labels,boxes = _without_frames(mask)
     boxes = {i: boxes[i] for i in sorted(boxes, key=lambda i: -_size(boxes[i]))[:30]}
     parts = {i: labels[box] == i for i,box in boxes.items()}
-    boxes = {i: box for i,box in boxes.items() if _is_stroke(parts[i], box, mask.shape)
-             and blurred[box][parts[i]].max() > 0.35*blurred.max()}
-    inside = {i: box for i,box in boxes.items() if not _touches(box, mask.shape)}
-    return labels, inside if any(_size(box) > 0.15*min(mask.shape) for box in inside.values()) else boxes
+    ink = {i: blurred[box][parts[i]].max() for i,box in boxes.items() if _is_stroke(parts[i], box, mask.shape)}
+    inside = {i: ink[i] for i in ink if not _touches(boxes[i], mask.shape)}
+    if any(_size(boxes[i]) > 0.15*min(mask.shape) for i in inside): ink = inside
+    return labels, {i: boxes[i] for i in ink if ink[i] > 0.35*max(ink.values())}
 
 # %% ../nbs/02_picture.ipynb #ff5b2873
 def _gap(a, b): return max(max(s.start, t.start) - min(s.stop, t.stop) for s,t in zip(a, b))
