@@ -191,10 +191,10 @@ def _size(box): return max(side.stop - side.start for side in box)
 def _touches(box, shape): return any(side.start == 0 or side.stop == n for side,n in zip(box, shape))
 
 def _surrounds(part, outer, boxes):
-    "Whether `part` is on all four sides of another part that has over 0.4 times its size"
+    "Whether `part` is on all four sides of another part that has over 0.3 times its size"
     for box in boxes.values():
         is_inside = all(o.start < s.start and s.stop < o.stop for o,s in zip(outer, box))
-        if not is_inside or _size(box) <= 0.4*_size(outer): continue
+        if not is_inside or _size(box) <= 0.3*_size(outer): continue
         y,x = [(s.start + s.stop)//2 - o.start for o,s in zip(outer, box)]
         if all(line.any() for line in (part[:y,x], part[y:,x], part[y,:x], part[y,x:])): return True
     return False
@@ -214,9 +214,11 @@ def _without_frames(mask):
     labels,boxes = _labelled(mask)
     rest = mask.copy()
     for i,box in boxes.items():
+        height,width = [side.stop - side.start for side in box]
+        if min(height, width) < len(mask)/5: continue
         part = labels[box] == i
         if _surrounds(part, box, boxes): rest[box] &= ~part
-        elif min(part.shape) >= max(max(part.shape)//12*4, len(mask)/5) and not _touches(box, mask.shape):
+        elif min(height, width) >= 4*(max(height, width)//12) and not _touches(box, mask.shape):
             n = _frame_width(part)
             if n: rest[box] &= np.pad(part[n:-n,n:-n] | True, n)
     return (labels, boxes) if np.array_equal(rest, mask) else _labelled(rest)
@@ -237,8 +239,11 @@ def _parts(mask, blurred):
     parts = {i: labels[box] == i for i,box in boxes.items()}
     ink = {i: blurred[box][parts[i]].max() for i,box in boxes.items() if _is_stroke(parts[i], box, mask.shape)}
     inside = {i: ink[i] for i in ink if not _touches(boxes[i], mask.shape)}
-    if any(_size(boxes[i]) > 0.15*min(mask.shape) for i in inside): ink = inside
-    return labels, {i: boxes[i] for i in ink if ink[i] > 0.35*max(ink.values())}
+    most = blurred.max()
+    if any(_size(boxes[i]) > 0.15*min(mask.shape) for i in inside):
+        ink = inside
+        most = max(ink.values()) # a desk around the paper can be far darker than the digit
+    return labels, {i: boxes[i] for i in ink if ink[i] > 0.35*most}
 
 # %% ../nbs/02_picture.ipynb #ff5b2873
 def _gap(a, b): return max(max(s.start, t.start) - min(s.stop, t.stop) for s,t in zip(a, b))
