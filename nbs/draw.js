@@ -5,6 +5,7 @@
 const floats = text => new Float32Array(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer)
 for (const layer of block3.layers)
   for (const key of ['weight', 'scale', 'shift']) if (layer[key]) layer[key].data = floats(layer[key].data)
+for (const array of Object.values(block3.known)) array.data = floats(array.data)
 
 function convolve(image, layer) {
   const [channels, , size] = layer.weight.shape, pad = layer.padding, weight = layer.weight.data
@@ -45,20 +46,38 @@ function pool(image, size, start, add) {
   return {channels: image.channels, height, width, data}
 }
 
-function run(image, layer) {
-  image = activate(convolve(image, layer), layer)
-  if (layer.max_pool) image = pool(image, layer.max_pool, -Infinity, Math.max)
-  if (layer.avg_pool) image = pool(image, layer.avg_pool, 0, (sum, v) => sum + v/layer.avg_pool**2)
-  return image
+// Mean and standard deviation of each channel
+function channelStats({channels, data}) {
+  const area = data.length/channels, mean = values => values.reduce((a, b) => a + b)/area
+  const rows = Array.from({length: channels}, (_, c) => Array.from(data.subarray(c*area, (c + 1)*area)))
+  const means = rows.map(mean)
+  return [...means, ...rows.map((row, c) => Math.sqrt(mean(row.map(v => (v - means[c])**2))))]
 }
 
-// Ten probabilities for 28×28 grey values from 0 to 255
+function run(image, layer) {
+  image = activate(convolve(image, layer), layer)
+  const stats = channelStats(image)
+  if (layer.max_pool) image = pool(image, layer.max_pool, -Infinity, Math.max)
+  if (layer.avg_pool) image = pool(image, layer.avg_pool, 0, (sum, v) => sum + v/layer.avg_pool**2)
+  return {...image, stats}
+}
+
+// 1 for an image like the digits that the network has learnt, towards 0 for others
+function familiarity(stats, {whiten, means, limit}) {
+  const n = stats.length, at = stats.map((_, j) => stats.reduce((sum, v, i) => sum + v*whiten.data[i*n + j], 0))
+  const distances = Array.from({length: 10}, (_, k) => Math.hypot(...at.map((v, j) => v - means.data[k*n + j])))
+  return Math.min(1, limit.data[0]/Math.min(...distances))**2
+}
+
+// Ten probabilities, as from `predict_digits` with `careful=True`, for 28×28 grey values from 0 to 255
 function predict(grey) {
   const data = Float32Array.from(grey, v => (v/255 - block3.mean)/block3.std)
-  const scores = block3.layers.reduce(run, {channels: 1, height: 28, width: 28, data}).data
+  const outs = [], step = (image, layer) => { outs.push(run(image, layer)); return outs.at(-1) }
+  const scores = block3.layers.reduce(step, {channels: 1, height: 28, width: 28, data}).data
   const top = Math.max(...scores), powers = Array.from(scores, v => Math.exp(v - top))
   const sum = powers.reduce((a, b) => a + b)
-  return powers.map(v => v/sum)
+  const share = block3.known.limit ? familiarity(outs.slice(-6, -1).flatMap(out => out.stats), block3.known) : 1
+  return powers.map(v => share*v/sum + (1 - share)/10)
 }
 
 // What follows is the library's `mnist_form` for light strokes on black: the tests compare the two

@@ -66,7 +66,8 @@ def test_no_dead_addresses(ini):
         assert not any(o in text for o in ('github.com', 'github.io', 'badge', 'pypi.org')), name
 
 
-shipped = {f'mnist_block3/mnist/{o}' for o in mnist_sha256} | {'mnist_block3/block3.safetensors', 'mnist_block3/kernels.cpp'}
+shipped = {f'mnist_block3/mnist/{o}' for o in mnist_sha256} | {
+    'mnist_block3/block3.safetensors', 'mnist_block3/known.safetensors', 'mnist_block3/kernels.cpp'}
 
 
 @pytest.fixture(scope='module')
