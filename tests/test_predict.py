@@ -2,7 +2,7 @@
 import io, json, subprocess, sys, time
 from pathlib import Path
 import numpy as np, onnx, onnxruntime, pytest, torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from mnist_block3.all import (Block3, block3_learner, find_images, load_block3, mnist_dls, mnist_form, PictureSpec,
                               predict_digits, predict_files, weights_path)
@@ -179,14 +179,17 @@ def test_console_marks_what_it_does_not_know(tmp_path, mnist, monkeypatch, capsy
     Image.new('L', (90,90), 250).save('a_blank.png')
     Image.fromarray(digit).save('b_digit.png')
     Image.fromarray(np.concatenate([np.pad(digit, 20)]*2, axis=1)).save('c_two.png')
-    names = ['a_blank.png', 'b_digit.png', 'c_two.png']
+    letter = Image.new('L', (100,120), 255)
+    for line,width in [((20,105,50,15), 12), ((50,15,80,105), 12), ((30,70,70,70), 10)]: ImageDraw.Draw(letter).line(line, 0, width)
+    letter.save('d_letter.png')
+    names = ['a_blank.png', 'b_digit.png', 'c_two.png', 'd_letter.png']
     done = command('block3_predict', *names, '--min-probability', '1.1')
     rows = [line.split('\t') for line in done.stdout.splitlines()]
-    assert [row[-1] for row in rows] == ['none', 'unsure', 'several'] and rows[1][1] == '7'
+    assert [row[-1] for row in rows] == ['none', 'unsure', 'several', 'unsure'] and rows[1][1] == '7'
     assert done.returncode == 3 and not done.stderr
     assert block3_predict([*names, 'gone.png'], json=True) == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row['mark'] for row in rows] == ['none', None, 'several']
+    assert [row['mark'] for row in rows] == ['none', None, 'several', 'unsure']
     assert 'it is blank' in rows[0]['reason'] and '2 parts' in rows[2]['reason']
 
 
