@@ -83,11 +83,12 @@ def with_channel_stats(
     x:torch.Tensor, # Normalised images (N, C, H, W)
 ) -> tuple: # Log-probabilities (N, classes), statistics (N, 136)
     "The answers of `model`, and the mean and standard deviation of each channel in its last five units"
+    units = [layer for layer in model.children() if isinstance(layer, nn.Sequential)][-5:]
     stats = []
     for layer in model.children():
         x = layer(x)
-        if isinstance(layer, nn.Sequential): stats += [x.mean((2,3)), x.std((2,3), correction=0)]
-    return F.log_softmax(x.flatten(1), dim=1), torch.cat(stats[-10:], dim=1)
+        if layer in units: stats += torch.std_mean(x, (2,3), correction=0)[::-1]
+    return F.log_softmax(x.flatten(1), dim=1), torch.cat(stats, dim=1)
 
 # %% ../nbs/18_predict.ipynb #4c1adb1a
 def familiarity(
