@@ -24,10 +24,13 @@ from .settings import protocols, run_settings
 from .sweep import Study
 
 # %% ../nbs/17_compare.ipynb #fa5706d5
+_results = 'accuracy','correct','total','loss','seconds'
+
 def _recorded(row):
     "The settings that were recorded in a row of `study.csv`, or in a run folder"
     names = dict.fromkeys(['recipe', 'seed', *run_settings(row['recipe'])])
-    return {k: row[k] for k in names if k in row and k not in ('device', 'also_reference') and pd.notna(row[k])}
+    for k in ('device', 'also_reference'): names.pop(k) # no part of what decides the result
+    return {k: row[k] for k in names if k in row and pd.notna(row[k])}
 
 def _run_of_learner(learn, name):
     "A learner as `_runs_in` has it"
@@ -35,14 +38,11 @@ def _run_of_learner(learn, name):
     if not len(curve): raise ValueError(f'{name or "a learner"} has no epochs: fit first')
     dl = learn.dls.train
     settings = dict(model=type(learn.model).__name__, epochs=len(curve), bs=dl.bs, n_train=dl.n)
-    last = curve.to_dict('records')[-1]
-    results = dict(accuracy=last.get('valid_accuracy'), correct=last.get('correct'), total=last.get('total'),
-                   loss=last.get('valid_loss'), seconds=curve.seconds.sum())
+    last = curve.rename(columns=dict(valid_accuracy='accuracy', valid_loss='loss')).to_dict('records')[-1]
+    results = {k: last.get(k) for k in _results} | dict(seconds=curve.seconds.sum())
     return dict(name=name, settings=settings, results=results, curve=curve)
 
 # %% ../nbs/17_compare.ipynb #ee972f0b
-_results = 'accuracy','correct','total','loss','seconds'
-
 def _runs_in(given, name=None):
     "The runs in a learner, a run folder, a study, its rows, or a list: name, settings, results and history"
     if isinstance(given, (list,tuple)): return [run for g in given for run in _runs_in(g, name)]
@@ -56,7 +56,7 @@ def _runs_in(given, name=None):
     if not isinstance(given, pd.DataFrame):
         raise ValueError(f'{given!r} is no learner, run folder, study or rows of one')
     if 'study' not in given.attrs:
-        raise ValueError('These rows do not say which study they are of: take them from `Study.of` or `Study.read`')
+        raise ValueError('These rows do not say which study they are of: take them from `Study.of`')
     epochs = Study(given.attrs['study']).read('epochs')
     return [dict(name=name or row['run'], settings=_recorded(row), results={k: row[k] for k in _results},
                  curve=epochs[epochs.run == row['run']]) for row in given.to_dict('records')]
@@ -64,12 +64,12 @@ def _runs_in(given, name=None):
 # %% ../nbs/17_compare.ipynb #9729eb9c
 def _differing(runs):
     "The names of the settings in which runs differ"
-    def is_default(k, settings): return settings[k] == run_settings(settings['recipe'])[k] if 'recipe' in settings else True
-    def differs(k):
-        having = [run['settings'] for run in runs if k in run['settings']]
-        if len({settings[k] for settings in having}) > 1: return True
-        return len(having) < len(runs) and not all(is_default(k, settings) for settings in having)
-    return [k for k in dict.fromkeys(k for run in runs for k in run['settings']) if differs(k)]
+    every = [run['settings'] for run in runs]
+    default = dict(model='Block3')
+    for settings in every:
+        if 'recipe' in settings: default |= run_settings(settings['recipe'])
+    names = dict.fromkeys(k for settings in every for k in settings)
+    return [k for k in names if len({settings.get(k, default.get(k)) for settings in every}) > 1]
 
 def _value_words(v):
     if pd.isna(v): return 'None'
@@ -84,7 +84,7 @@ _colors = '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#00
 _styles = cycler(linestyle=['-', '--', ':', '-.']) * (cycler(color=_colors) + cycler(marker='os^vDPX*'))
 
 def _axis(measure, valids):
-    "Name of the axis for 'accuracy' or 'loss' by the protocols `valids` of the runs, and factor of the values on it"
+    "Name of the axis by the measure and the runs' protocols, and factor of the values on it"
     check_choice('measure', measure, ('accuracy', 'loss'))
     valid = min(valids) if len(valids) == 1 else None
     if measure == 'loss': return f'{valid or "evaluation"} loss', 1
@@ -114,15 +114,18 @@ def _frame_later_half(ax, curves, measure):
 def _plot_curves(runs, names, measure, ax):
     "A line for each run, with a style and a line of the legend for each of `names`"
     label,scale = _axis(measure, {run['settings'].get('valid') for run in runs})
+    column = f'valid_{measure}'
     for run in runs:
-        if f'valid_{measure}' not in run['curve']: raise ValueError(f'{run["name"]} has no {measure} by epoch')
+        if column not in run['curve']: raise ValueError(f'{run["name"]} has no {measure} by epoch')
     n_runs = Counter(names)
     styles = dict(zip(n_runs, cycle(_styles)))
     words = [textwrap.fill(f'{name} ({n} runs)' if n > 1 else str(name), 55) for name,n in n_runs.items()]
     n_lines = '\n'.join(words).count('\n') + 1
     if ax is None: ax = plt.subplots(figsize=(5, 3.3 + 0.2*n_lines), layout='constrained')[1]
-    curves = [scale*run['curve'].set_index('epoch')[f'valid_{measure}'] for run in runs]
-    lines = {name: ax.plot(curve, **styles[name], markersize=4, linewidth=1.2)[0] for name,curve in zip(names, curves)}
+    curves = [scale*run['curve'].set_index('epoch')[column] for run in runs]
+    lines = {}
+    for name,curve in zip(names, curves):
+        lines[name], = ax.plot(curve, markersize=4, linewidth=1.2, **styles[name])
     _frame_later_half(ax, curves, measure)
     ax.legend(lines.values(), words, loc='upper left', bbox_to_anchor=(-0.1, -0.17), borderaxespad=0,
               frameon=False, fontsize=9)
@@ -138,12 +141,13 @@ def compare(
 ) -> pd.DataFrame: # For each run the settings that differ, accuracy in 0–1, correct, total, loss and seconds
     "Plot the curves of runs, and return what differs between them and what came of it"
     named = isinstance(runs, dict)
-    found = [run for name,given in runs.items() for run in _runs_in(given, name)] if named else _runs_in(runs)
+    given = runs.items() if named else [(None, runs)]
+    found = [run for name,group in given for run in _runs_in(group, name)]
     if not found: raise ValueError('There are no runs to compare')
     for i,run in enumerate(found, 1):
         if run['name'] is None: run['name'] = f'learner {i}'
     differing = _differing(found)
-    told = [k for k in differing if k != 'seed' or len(found) <= len(_colors)] # then seeds share a name
+    told = [k for k in differing if k != 'seed' or len(found) <= len(_colors)] # beyond, seeds share a name
     names = [run['name'] if named else _legend_name(run, told) for run in found]
     _plot_curves(found, names, measure, ax)
     rows = [{k: run['settings'].get(k) for k in differing} | run['results'] for run in found]
@@ -166,7 +170,7 @@ def _plot_values(ax, rows, k, measure):
 
 # %% ../nbs/17_compare.ipynb #9a973cac
 def _plot_grid(ax, rows, kx, ky, measure):
-    "The values of two settings as columns and rows; each cell has mean, standard deviation and number of runs"
+    "Two settings as columns and rows; each cell has mean, standard deviation and number of runs"
     table = rows.groupby([ky, kx], dropna=False)[measure].agg(['mean', 'std', 'count']).unstack()
     means = table['mean']
     image = ax.imshow(means, cmap='cividis', aspect='auto', origin='lower')

@@ -10,14 +10,14 @@ import hashlib, io, itertools, json, math, os, re, subprocess, sys, tempfile, th
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from numbers import Number
 from pathlib import Path
 from statistics import mean
 import pandas as pd
 import torch
-from fastcore.basics import patch
+from fastcore.basics import num_cpus, patch
 from .basics import check_choice, check_count, locked, package_path, write_whole
 from .data import get_device
 from .evaluate import mistakes
@@ -99,10 +99,8 @@ def _run_alone(run, threads=1, stop=None):
     with tempfile.TemporaryDirectory() as d, tempfile.TemporaryFile() as stderr:
         folder = Path(d)/'run'
         with _start(run, folder, threads, stderr) as p:
-            while p.poll() is None:
-                if stop.wait(timeout=0.2):
-                    p.terminate()
-                    p.wait()
+            while p.poll() is None and not stop.wait(timeout=0.2): pass
+            p.terminate() # does nothing where it has ended
         stderr.seek(0)
         if p.returncode: raise RuntimeError(_reason(stderr.read().decode(errors='replace'), p.returncode))
         return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith('.')}
@@ -135,29 +133,37 @@ class Study:
     def done(self): return set(self.read().run)
 
 # %% ../nbs/16_sweep.ipynb #e324b9fd
-@patch
-def _has(self:Study, run):
-    "Whether the run is done, with the reference's evaluation where `run` asks for that"
-    rows = self.read()
-    rows = rows[rows.run == run_name(run)]
-    if run['also_reference'] and len(rows): rows = rows[rows.also_reference.astype(str) == 'True']
-    return len(rows) > 0
+def _to_do(study, runs):
+    "Those of `runs`, a dictionary by name, that `study` lacks, or has without an evaluation they ask for"
+    rows = study.read().reindex(columns=['run', 'also_reference']).astype(str)
+    done = set(rows.run)
+    judged = set(rows.run[rows.also_reference == 'True'])
+    return [run for name,run in runs.items() if name not in (judged if run['also_reference'] else done)]
 
 # %% ../nbs/16_sweep.ipynb #60b7e8a0
-def _setting_names(recipe):
-    return *_named[2:], 'size', 'resize', 'flip', 'reproducible', *recipe_settings(recipe)
+_later = dict(resize='crop', flip=False, reproducible=False) # settings that the first tables do not have
 
-def _is_unknown(k, v):
-    "Whether an old run did not record the setting `k`; three others may be `None`"
-    return pd.isna(v) and k not in ('source', 'n_train', 'size')
+def _listed(values): return ', '.join('None' if pd.isna(v) else str(v) for v in values)
 
-def _values(rows, k):
-    "The values of the setting `k` in rows of `study.csv`, each once, in order, for `run_settings`"
-    values = {None if pd.isna(v) else v for v in rows[k].tolist() if not _is_unknown(k, v)}
-    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
-    return sorted(values, key=lambda v: (v is None, isinstance(v, str), v))
+def _having(rows, k, asked):
+    "The rows of `study.csv` that have the setting `k` as asked, or one of a list; raises `ValueError` without any"
+    values = asked if pd.api.types.is_list_like(asked) else [asked]
+    if k == 'source': values = [v if v is None else str(Path(v).expanduser().absolute()) for v in values]
+    wanted = [_name_value(v) for v in values]
+    found = rows[[_name_value(_later.get(k) if pd.isna(v) else v) in wanted for v in rows[k]]]
+    if len(found): return found
+    raise ValueError(f'{rows.attrs["study"]} has no such run with {k} {_listed(values)}, '
+                     f'only with {k} {_listed(rows[k].sort_values().unique())}')
 
-def _listed(values): return '; '.join(f'{k} {", ".join(map(str, v))}' for k,v in values.items())
+@patch
+def _of_recipe(self:Study, recipe):
+    "The finished runs of `recipe`, which may be `None` where there is one only"
+    rows = self.read()
+    recipes = list(rows.recipe.unique())
+    if recipe is None and len(recipes) == 1: return rows
+    if recipe in recipes: return rows[rows.recipe == recipe]
+    has = ', '.join(map(str, recipes)) or 'no recipe'
+    raise ValueError(f'recipe={recipe!r}: {self.folder} has finished runs of {has}')
 
 # %% ../nbs/16_sweep.ipynb #f9e22e09
 @patch
@@ -167,25 +173,14 @@ def of(self:Study,
     **kwargs # Settings to find, as for `run_settings`; a list finds each of its values
 ) -> pd.DataFrame: # Rows of `study.csv`
     "The finished runs of `recipe` with these settings; raises `ValueError` where there are none"
-    rows = self.read()
-    recipes = list(rows.recipe.unique())
-    if recipe is None and len(recipes) == 1: recipe = recipes[0]
-    if recipe not in recipes:
-        has = ', '.join(map(str, recipes)) or 'no recipe'
-        raise ValueError(f'recipe={recipe!r}: {self.folder} has finished runs of {has}')
-    rows = rows[rows.recipe == recipe]
-    have = {k: _values(rows, k) for k in (*_setting_names(recipe), 'seed') if k in rows}
-    for k in (*free, *kwargs): check_choice('setting', k, have)
-    wanted = {k: values for k,values in have.items() if len(values) == 1 or k in ('seed', *free)}
-    wanted |= {k: v if pd.api.types.is_list_like(v) else [v] for k,v in kwargs.items()}
-    if 'source' in kwargs: wanted['source'] = [v and str(Path(v).expanduser().absolute()) for v in wanted['source']]
+    rows = self._of_recipe(recipe)
+    recipe = rows.recipe.iloc[0]
     default = run_settings(recipe)
-    runs = [default | dict(zip(wanted, values)) for values in itertools.product(*wanted.values())]
-    found = rows[rows.run.isin([run_name(run) for run in runs])]
-    if len(found): return found
-    told = {k: wanted.get(k, [default[k]]) for k in have if k in kwargs or k not in wanted}
-    raise ValueError(f'{self.folder} has no {recipe} run with {_listed(told)}. '
-                     f'Its {recipe} runs have {_listed({k: have[k] for k in told})}')
+    names = [k for k in default if k in rows and k not in ('recipe', 'device', 'also_reference')]
+    for k in (*free, *kwargs): check_choice('setting', k, names)
+    varying = [k for k in names if rows[k].nunique(dropna=False) > 1 and k not in ('seed', *free, *kwargs)]
+    for k,values in (kwargs | {k: default[k] for k in varying}).items(): rows = _having(rows, k, values)
+    return rows
 
 # %% ../nbs/16_sweep.ipynb #9e4dcb09
 @patch
@@ -200,16 +195,13 @@ def _put(self:Study, table, name, rows=()):
 # %% ../nbs/16_sweep.ipynb #f7a09d1b
 def _study_row(run, summary, command):
     "The row of a run in `study.csv`"
-    settings = {k: v for k,v in run.items() if k != 'device'}
-    first = {k: settings.pop(k) for k in ('recipe','seed','epochs','valid')}
+    first = {k: run[k] for k in ('recipe','seed','epochs','valid')}
     results = {k: summary['results'][k] for k in ('accuracy','loss','correct','total')}
     versions = {k: summary['versions'][k] for k in ('python','torch','fastai','code')}
     machine = summary['machine']
-    return dict(
-        **first, **results, run=run_name(run), **settings,
-        engine=summary['engine'], seconds=round(summary['seconds'], 1),
-        threads=machine['threads'], cores=machine['cores'], device=machine['device_name'],
-        date=summary['began'], command=command, **versions)
+    how = dict(engine=summary['engine'], seconds=round(summary['seconds'], 1), threads=machine['threads'],
+               cores=machine['cores'], device=machine['device_name'], date=summary['began'], command=command)
+    return first | results | dict(run=run_name(run)) | run | how | versions
 
 # %% ../nbs/16_sweep.ipynb #e2b52669
 def _add_run(study, run, files, command=''):
@@ -275,10 +267,6 @@ def _on_ray(address, threads, device, per_gpu):
     finally: ray.shutdown()
 
 # %% ../nbs/16_sweep.ipynb #30f14ac9
-def _duration(seconds):
-    if seconds >= 5400: return f'{seconds/3600:.1f} h'
-    return f'{seconds/60:.0f} min' if seconds >= 90 else f'{seconds:.0f} s'
-
 def _result_line(run, row):
     loss = math.nan if row['loss'] is None else row['loss']
     return f'{_label(run)}: {100*row["accuracy"]:.2f} %, loss {loss:.5f}, {row["seconds"]:.0f} s'
@@ -303,13 +291,13 @@ def _loop(study, todo, submit, jobs, retries, command, log):
             row = _add_run(study, run, files, command)
             epoch_seconds.append(row['seconds']/run['epochs'])
             left = mean(epoch_seconds) * sum(r['epochs'] for r in waiting.values())/jobs
-            end = f'; about {_duration(left)} left' if waiting else ''
+            end = f'; about {timedelta(seconds=round(left))} left' if waiting else ''
             log(f'{len(todo) - len(waiting):3}/{len(todo)}  {_result_line(run, row)}{end}')
 
 # %% ../nbs/16_sweep.ipynb #2d58d997
 def _jobs_threads(device, jobs, threads, ray):
     "Runs at once and threads a run, the defaults where they are `None`"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = num_cpus()
     if jobs is None: jobs = 1 if ray or get_device(device).type != 'cpu' else cores
     check_count(jobs=jobs)
     if threads is None: threads = 1 if ray else max(1, cores//jobs)
@@ -337,8 +325,8 @@ def sweep(
     with workers as (submit, jobs):
         study.folder.mkdir(parents=True, exist_ok=True)
         with locked(study.folder):
-            runs = {run_name(run): run for run in runs}.values() # each once
-            todo = [run for run in runs if not study._has(run)]
+            runs = {run_name(run): run for run in runs} # each once
+            todo = _to_do(study, runs)
             log(f'{len(runs)} runs, {len(runs) - len(todo)} of them done; '
                 f'{jobs} at once{" on Ray" if ray else ""}, threads a run: {threads}')
             _loop(study, todo, submit, jobs, retries, command, log)

@@ -184,7 +184,7 @@ def test_time_left(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_module, '_add_run', lambda *args: add_run(*args) | dict(seconds=300.))
     _,lines = quiet_sweep(sweep_grid(['tuned'], range(5), **small), tmp_path, jobs=2)
     left = [line.partition('about ')[2] for line in lines[1:]]
-    assert left == ['10 min left', '8 min left', '5 min left', '2 min left', '']
+    assert left == ['0:10:00 left', '0:07:30 left', '0:05:00 left', '0:02:30 left', '']
 
 
 def test_one_sweep_a_folder(fake, tmp_path):
