@@ -72,16 +72,16 @@ def _check_local(source):
     "Raise `ValueError` for an address; the path otherwise"
     if not re.match(r'\w{2,}:/', str(source)): return Path(source).expanduser()
     url = re.sub(':/+', '://', str(source), count=1)
-    raise ValueError(f'{url} is an address; `source` is a folder or a file on this machine. Download it first: '
+    raise ValueError(f'{url} is an address, not a folder or a file on this machine. Download it first: '
                      "fastai's untar_data(url) returns the folder of an unpacked archive")
 
 def check_folder(
-    source:str|Path, # Folder of a data set
-) -> Path: # The folder
-    "Raise `FileNotFoundError` where `source` is no folder, `ValueError` for an address"
-    folder = _check_local(source)
-    if folder.is_dir(): return folder
-    raise FileNotFoundError(f'{folder} is no folder. `source` is a folder of IDX files or of pictures')
+    folder:str|Path, # Folder of pictures
+) -> Path: # The same as a path
+    "Raise `FileNotFoundError` where `folder` is no folder, `ValueError` for an address"
+    path = _check_local(folder)
+    if path.is_dir(): return path
+    raise FileNotFoundError(f'{path} is no folder; expected a folder of pictures')
 
 def check_source(
     source:str|Path, # Folder of a data set, one of its files, or the beginning of its files' names before a dash
@@ -105,7 +105,7 @@ def run_settings(
     resize:str='crop', # How to resize them: crop, pad or squish
     flip:bool=False, # Mirror half of the resized training images, left for right
     device:str=None, # cpu, cuda, cuda:1 or mps; default: the GPU if there is one
-    n_train:int=None, # Train on the first n_train images only
+    n_train:int=None, # Train on so many images only: the first ones, or with size a fixed random choice
     bf16:bool=False, # Compute in bfloat16 by autocast
     reproducible:bool=False, # Use cuDNN's deterministic kernels on a GPU
     fast:bool=True, # Use the fast path where possible; --no-fast: always use fastai's loop

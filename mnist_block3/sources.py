@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
-from PIL import Image
 from fastcore.basics import store_attr
 from fastcore.foundation import is_indexer
 from .basics import package_path, times
@@ -100,37 +99,35 @@ class Images:
         return self if images is self.images else Images(images, self.labels.to(device), self.spec)
 
 # %% ../nbs/04_sources.ipynb #38065ae3
-_idx_name = re.compile(r'(?:(.+)[-_. ])?(train|test|t10k)[-_. ](images|labels)'
-                       r'[-_.]idx\d[-_.](?:ubyte|int)(?:\.gz)?', re.I)
-_table_name = re.compile(r'(?:(.+)[-_. ])?(train|test)(?:ing)?(?:-\d+-of-\d+[-\w]*)?\.(csv|parquet)', re.I)
-_arrays_name = re.compile(r'(?:(.+)[-_. ])?(train|test)[-_. ](images|imgs|labels)\.npz', re.I)
+_start = r'(?:(?P<name>.+)[-_. ])?(?P<split>train|test|t10k)'
+_table = _start + r'(?:ing)?(?:-\d+-of-\d+[-\w]*)?'
+_patterns = dict(
+    idx=_start + r'[-_. ](?P<content>images|labels)[-_.]idx\d[-_.](?:ubyte|int)(?:\.gz)?',
+    arrays=_start + r'[-_. ](?P<content>images|imgs|labels)\.npz',
+    csv=_table + r'\.csv', parquet=_table + r'\.parquet')
 
 def _described(path):
     "What the name of a file says: format, folder, name of the data set, split and content; or `None`"
-    if m := _idx_name.fullmatch(path.name):
-        name,split,content = m.groups()
-        folder = path.parent.parent if _idx_name.fullmatch(path.parent.name) else path.parent
-        return 'idx', folder, name or '', 'train' if split.lower() == 'train' else 'test', content.lower()
-    if m := _table_name.fullmatch(path.name):
-        name,split,suffix = m.groups()
-        return suffix.lower(), path.parent, name or '', split.lower(), 'all'
-    if m := _arrays_name.fullmatch(path.name):
-        name,split,content = m.groups()
-        content = 'labels' if content.lower() == 'labels' else 'images'
-        return 'arrays', path.parent, name or '', split.lower(), content
+    for kind,pattern in _patterns.items():
+        m = re.fullmatch(pattern, path.name, re.I)
+        if not m: continue
+        folder = path.parent.parent if re.fullmatch(_patterns['idx'], path.parent.name, re.I) else path.parent
+        split = 'train' if m['split'].lower() == 'train' else 'test'
+        content = m.groupdict().get('content', 'all').lower().replace('imgs', 'images')
+        return kind, folder, m['name'] or '', split, content
     if path.suffix.lower() == '.npz': return 'npz', path.parent, path.name, 'train', 'all'
 
 # %% ../nbs/04_sources.ipynb #39cd0dd0
-_picture_folders = dict(train='train', training='train', test='test', testing='test')
-
 def _picture_splits(parent, names):
     "The folders of pictures in `parent`, by split and content"
-    splits = {(_picture_folders[name.lower()], 'all'): [parent/name] for name in names
-              if name.lower() in _picture_folders and picture_files(parent/name)}
+    splits = {}
+    for name in names:
+        m = re.fullmatch('(train|test)(?:ing)?', name.lower())
+        if m and picture_files(parent/name): splits[m[1], 'all'] = [parent/name]
     return splits if ('train', 'all') in splits else {}
 
 def _data_sets(folder, depth=3):
-    "The data sets in `folder` and `depth` levels below by format, folder and name: files by split and content"
+    "The data sets in `folder` by format, folder and name; each has lists of files by split and content"
     found = {}
     for parent,subfolders,names in os.walk(folder, followlinks=True):
         parent = Path(parent)
@@ -160,35 +157,39 @@ def _some_names(folder):
 
 def _unreadable(source):
     "The error for a `source` that is no data set"
-    if source.is_file(): return ValueError(f'{source} is no file of a data set; unpack archives first. {_accepted}')
+    if source.is_file():
+        return ValueError(f'{source} is no file of a data set; unpack archives first. {_accepted}')
     folder,subject = (source, 'it') if source.is_dir() else (source.parent, source.parent)
     return FileNotFoundError(f'{source} is no data set: {subject} holds {_some_names(folder)}. {_accepted}')
 
 # %% ../nbs/04_sources.ipynb #54b51174
-def _of_file(path):
-    "The data sets with the file `path`"
-    described = _described(path)
-    if described:
-        found = _data_sets(described[1], depth=1)
-        return {key: files for key,files in found.items() if any(path in paths for paths in files.values())}
-    kind = path.suffix[1:].lower()
-    return {(kind, path.parent, path.name): {('train','all'): [path]}} if kind in ('csv', 'parquet') else {}
+def _found_at(source):
+    "The data sets in the folder `source`, or with the file `source`, or with files whose names begin so"
+    if source.is_dir(): return _data_sets(source)
+    described = _described(source)
+    near = _data_sets(described[1] if described else source.parent, depth=1)
+    found = {key: files for key,files in near.items()
+             if key[1]/key[2] == source or any(source in paths for paths in files.values())}
+    kind = source.suffix[1:].lower()
+    if found or not source.is_file() or kind not in ('csv', 'parquet'): return found
+    return {(kind, source.parent, source.name): {('train','all'): [source]}}
 
 def _choice(key, found):
-    "What to pass for one data set of several: the beginning of its files' names, its folder or one of its files"
+    "What to pass for one data set of several: its folder, a file, or the beginning of its files' names"
     kind,folder,name = key
     if kind == 'idx' and name: return folder/name
     is_alone = not any(other[1].is_relative_to(folder) for other in found if other != key)
     return folder if is_alone or kind == 'pictures' else found[key][max(found[key])][0]
 
 def _data_set(source):
-    "Format, folder, name and files of the one data set at `source`; raises an error if there is none, or several"
-    if source.is_file(): found = _of_file(source)
-    elif source.is_dir(): found = _data_sets(source)
-    else: found = {key: files for key,files in _data_sets(source.parent, 1).items() if key[1]/key[2] == source}
+    "Format, folder, name and files of the one data set at `source`; none, or several, are an error"
+    found = _found_at(source)
     if not found: raise _unreadable(source)
-    if ('pictures', source, '') in found: found = {('pictures', source, ''): found['pictures', source, '']}
-    if len(found) == 1: return *list(found)[0], *found.values()
+    key = 'pictures', source, ''
+    if key in found: found = {key: found[key]}
+    if len(found) == 1:
+        (key, files), = found.items()
+        return *key, files
     choices = ', '.join(str(_choice(key, found)) for key in found)
     raise ValueError(f'{source} holds {len(found)} data sets. Pass one of them: {choices}')
 
@@ -199,9 +200,9 @@ def _as_images(images, labels, files, vocab=PictureSpec().vocab, first=0):
     if len(images) != len(labels):
         raise ValueError(f'{image_file} holds {len(images)} images, but {label_file} {len(labels)} labels')
     last = first + len(vocab) - 1
-    for label in (labels.min(), labels.max()) if len(labels) else ():
-        if not first <= label <= last:
-            raise ValueError(f'{label_file} holds the label {label}, but labels are {first} to {last}')
+    strange = labels[(labels < first) | (labels > last)]
+    if len(strange):
+        raise ValueError(f'{label_file} holds the label {strange[0]}, but labels are {first} to {last}')
     return Images(images, (labels - first).to(torch.uint8), replace(PictureSpec(), vocab=vocab))
 
 # %% ../nbs/04_sources.ipynb #94ba43e6
@@ -209,22 +210,17 @@ _characters = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _unlike_capitals = string.digits + string.ascii_uppercase + 'abdefghnqrt'
 _emnist = dict(letters=string.ascii_lowercase, balanced=_unlike_capitals, bymerge=_unlike_capitals,
                byclass=_characters, digits=range(10), mnist=range(10))
-_clothes = 'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'
+_clothes = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag',
+            'Ankle boot')
 _syllables = 'o', 'ki', 'su', 'tsu', 'na', 'ha', 'ma', 'ya', 're', 'wo'
 
-def _called(folder, name): return '/'.join([*folder.parts[-2:], name]).lower()
-
-def _emnist_part(folder, name):
-    "The part of EMNIST that a data set is, or `None`"
-    parts = re.findall(f'emnist[-_ ]({"|".join(_emnist)})', _called(folder, name))
-    return parts[-1] if parts else None
-
 def _classes(folder, name):
-    "The names of the classes, and the label of the first one"
-    if part := _emnist_part(folder, name): return tuple(_emnist[part]), 1 if part == 'letters' else 0
-    called = _called(folder, name)
-    if re.search('fashion[-_ ]?mnist', called): return _clothes, 0
-    return _syllables if re.search('(?<![a-z])kmnist', called) else tuple(range(10)), 0
+    "The names of the classes, the label of the first one, and whether the data set is of EMNIST"
+    called = '/'.join([*folder.parts[-2:], name]).lower()
+    parts = re.findall(f'emnist[-_ ]({"|".join(_emnist)})', called)
+    if parts: return tuple(_emnist[parts[-1]]), 1 if parts[-1] == 'letters' else 0, True
+    if re.search('fashion[-_ ]?mnist', called): return _clothes, 0, False
+    return _syllables if re.search('(?<![a-z])kmnist', called) else tuple(range(10)), 0, False
 
 # %% ../nbs/04_sources.ipynb #057a2755
 @contextmanager
@@ -234,18 +230,19 @@ def _named(path):
 
 def _as_pixels(a):
     "Whole numbers from 0 to 255 as a tensor of uint8, (N, 28, 28)"
-    a = np.asarray(a)
-    if math.prod(a.shape[1:]) != 784: raise ValueError(f'its images have the shape {times(a.shape)}, not N×28×28')
+    if math.prod(a.shape[1:]) != 784:
+        raise ValueError(f'its images have the shape {times(a.shape)}, not N×28×28')
     if not len(a): raise ValueError('it holds no images')
     if a.dtype.kind not in 'ui' or a.min() < 0 or a.max() > 255:
-        raise ValueError(f'its pixels are {a.dtype} from {a.min()} to {a.max()}, not whole numbers from 0 to 255')
+        raise ValueError(f'its pixels are {a.dtype} from {a.min()} to {a.max()}, '
+                         'not whole numbers from 0 to 255')
     return torch.from_numpy(a.astype(np.uint8).reshape(-1, 28, 28))
 
 def _as_labels(a):
     "Whole numbers as a tensor of int64, (N,)"
-    a = np.asarray(a)
     if a.dtype.kind not in 'ui' or a.size != len(a):
-        raise ValueError(f'its labels are {a.dtype} of the shape {times(a.shape)}, not one whole number an image')
+        raise ValueError(f'its labels are {a.dtype} of the shape {times(a.shape)}, '
+                         'not one whole number an image')
     return torch.from_numpy(a.astype(np.int64).reshape(-1))
 
 # %% ../nbs/04_sources.ipynb #14f7aeec
@@ -263,15 +260,14 @@ def _is_bright(images):
     border = [images[...,0,:], images[...,-1,:], images[...,0], images[...,-1]]
     return np.mean(np.concatenate(border, -1) > 127) > 0.8
 
-def _wrong_size(im): return f'it is {im.width}×{im.height} pixels, not 28×28; {_other_pictures}'
-
-def _read_image(path):
-    "The grey values of an image of 28×28 pixels, uint8 (28, 28)"
-    with opened_picture(path) as im:
-        if im.size != (28,28): raise ValueError(_wrong_size(im))
+def _read_image(file):
+    "The grey values of an image of 28×28 pixels, given by its path or its bytes, uint8 (28, 28)"
+    with opened_picture(file) as im:
+        if im.size != (28,28):
+            raise ValueError(f'it is {im.width}×{im.height} pixels, not 28×28; {_other_pictures}')
         has_alpha = im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info
         is_transparent = has_alpha and im.convert('RGBA').getextrema()[3][0] < 255
-    grey = resized_picture(path, 28)[0]
+    grey = resized_picture(file, 28)[0]
     return 255 - grey if is_transparent and _is_bright(grey) else grey
 
 # %% ../nbs/04_sources.ipynb #ce6c1e0e
@@ -283,8 +279,8 @@ def _read_image_split(folder):
     labels = [path.parent.name for path in paths]
     for path,label in zip(paths, labels):
         if label not in list('0123456789'):
-            raise ValueError(f'{path} lies in the folder {label!r}, but folders have labels as names, 0 to 9; '
-                             f'{_other_pictures}')
+            raise ValueError(f'{path} lies in the folder {label!r}, but folders have labels as names, '
+                             f'0 to 9; {_other_pictures}')
     images = np.stack([_read_image(path) for path in paths])
     return torch.from_numpy(images), torch.tensor([int(label) for label in labels])
 
@@ -294,10 +290,11 @@ def _read_csv(path):
     with _named(path), open(path, encoding='utf-8-sig') as file:
         head = next(csv.reader(file), [])
         if len(head) == 784: return None
-        if len(head) != 785: raise ValueError(f'it has {len(head)} columns, not 785: a label and 28×28 pixels')
+        if len(head) != 785:
+            raise ValueError(f'it has {len(head)} columns, not 785: a label and 28×28 pixels')
         file.seek(0)
         skip = 0 if head[0].isdigit() else 1
-        table = np.loadtxt(file, np.uint8, delimiter=',', skiprows=skip, quotechar='"', comments=None, ndmin=2)
+        table = np.loadtxt(file, np.uint8, None, ',', skiprows=skip, ndmin=2, quotechar='"')
         at = next((i for i,name in enumerate(head) if name.lower() in ('label', 'class')), 0)
         return _as_pixels(np.delete(table, at, axis=1)), _as_labels(table[:,at])
 
@@ -326,12 +323,6 @@ def _read_arrays(image_file, label_file):
         return x, _as_labels(_array(label_file, arrays, 'arr_0'))
 
 # %% ../nbs/04_sources.ipynb #ec71ab30
-def _picture_in(data):
-    "The grey values of the 28×28 pixels in the bytes of a picture file"
-    with Image.open(io.BytesIO(data)) as im:
-        if im.size != (28,28): raise ValueError(_wrong_size(im))
-        return resized_picture(im, 28)[0]
-
 def _read_parquet(path):
     "The images and labels of a parquet file"
     try: from pyarrow import __version__, parquet
@@ -343,12 +334,12 @@ def _read_parquet(path):
         if not {'image', 'label'} <= set(names):
             raise ValueError(f'it has the columns {", ".join(names)}, not image and label')
         table = file.read(columns=['image', 'label'])
-        pixels = [_picture_in(image['bytes']) for image in table['image'].to_pylist()]
+        pixels = [_read_image(image['bytes']) for image in table['image'].to_pylist()]
         return _as_pixels(np.stack(pixels)), _as_labels(table['label'].to_numpy())
 
 # %% ../nbs/04_sources.ipynb #c6cc54c9
 _readers = dict(idx=_read_idx_split, pictures=_read_image_split, csv=_read_csv, arrays=_read_arrays,
-                parquet=_read_parquet)
+                parquet=_read_parquet, npz=_read_npz)
 
 def _pair(paths):
     "The files of images and of labels to read, of those that there are"
@@ -358,12 +349,13 @@ def _pair(paths):
 
 def _read_split(kind, files, split, vocab, first):
     "The `Images` of `split`, or `None` where it has no labels"
-    paths = {content: paths for (of,content),paths in files.items() if of == split}
-    read = _readers.get(kind)
-    if kind == 'npz':
-        paths = {'all': files['train','all']}
+    read = _readers[kind]
+    if kind == 'npz': # one file for both splits
         read = partial(_read_npz, split=split)
-    groups = [_pair(paths)] if kind in ('idx', 'arrays') and paths else [[path] for path in paths.get('all', [])]
+        split = 'train'
+    paths = {content: paths for (of,content),paths in files.items() if of == split}
+    if 'all' in paths: groups = [[path] for path in paths['all']]
+    else: groups = [_pair(paths)] if paths else []
     parts = [(read(*group), group) for group in groups]
     if not parts or parts[0][0] is None: return None
     parts = [_as_images(*arrays, group, vocab, first) for arrays,group in parts]
@@ -374,22 +366,20 @@ def _read_split(kind, files, split, vocab, first):
 # %% ../nbs/04_sources.ipynb #80756cec
 def _turned(digits): return Images(digits.images.transpose(1, 2).contiguous(), digits.labels, digits.spec)
 
-def _warn_if_bright(images, source):
-    if not _is_bright(images.numpy()): return
-    warnings.warn(f'{source}: the border of the images is bright. Predictions expect MNIST\'s light on black: '
-                  'invert the images (255 - value), or read pictures by image_dls')
-
 def load_digits(
     source:str|Path=None, # Folder or file of a data set; `None`: the bundled MNIST
 ) -> tuple[Images,Images]: # Training and test images, on the CPU; no test images where none have labels
     "Read all of `source`; raises `FileNotFoundError`, or `ValueError` if it is damaged or no data set"
     kind,folder,name,files = _data_set(mnist_path if source is None else check_source(source))
-    classes = _classes(folder, name)
+    *classes,is_emnist = _classes(folder, name)
     train = _read_split(kind, files, 'train', *classes)
     if train is None: raise ValueError(f'{folder/name} has no training images with labels. {_accepted}')
     test = _read_split(kind, files, 'test', *classes) or train[:0]
-    if _emnist_part(folder, name) and kind in ('idx', 'csv'):
-        print(f'{name or folder.name}: EMNIST stores its images with rows and columns swapped; they are turned upright')
+    if is_emnist and kind in ('idx', 'csv'):
+        print(f'{name or folder.name}: EMNIST stores its images with rows and columns swapped; '
+              'they are turned upright')
         train,test = _turned(train), _turned(test)
-    _warn_if_bright(train.images, folder/name)
+    if _is_bright(train.images.numpy()):
+        warnings.warn(f'{folder/name}: the border of the images is bright. Predictions expect light on '
+                      'black, as in MNIST: invert the images (255 - value), or read pictures by image_dls')
     return train, test

@@ -146,7 +146,7 @@ _later = dict(resize='crop', flip=False, reproducible=False) # settings that the
 def _listed(values): return ', '.join('None' if pd.isna(v) else str(v) for v in values)
 
 def _having(rows, k, asked):
-    "The rows of `study.csv` that have the setting `k` as asked, or one of a list; raises `ValueError` without any"
+    "The rows of `study.csv` with the setting `k` as asked, a value or a list; without any, an error"
     values = asked if pd.api.types.is_list_like(asked) else [asked]
     if k == 'source': values = [v if v is None else str(Path(v).expanduser().absolute()) for v in values]
     wanted = [_name_value(v) for v in values]

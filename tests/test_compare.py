@@ -51,7 +51,7 @@ def points(*axes): return [line.get_xydata().tolist() for ax in axes for line in
 # Study.of
 
 def test_of_finds_what_is_asked(study):
-    rows = study.of('tuned', epochs=3, bs=128, lr=0.05)
+    rows = study.of(epochs=3, bs=128, lr=0.05)
     assert rows.seed.tolist() == [0, 1, 2]
     assert set(zip(rows.epochs, rows.bs, rows.lr)) == {(3, 128, 0.05)}
 
@@ -223,6 +223,10 @@ def test_two_settings_make_a_grid(study):
     means = losses.mean().unstack()
     assert ax.images[0].get_array().data == pytest.approx(means.values)
     assert [text.get_text() for text in ax.texts] == [f'{mean:.4f}\n± {std:.4f}\nn = 3' for mean, std in zip(losses.mean(), losses.std())]
+
+
+def test_a_title_names_what_all_runs_share(study):
+    assert plot_sweep(study, 'lr', epochs=[2, 3], bs=128).axes[0].get_title() == 'tuned, bs 128'
 
 
 def test_plot_sweep_mixes_no_epochs(study):

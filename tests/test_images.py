@@ -1,5 +1,5 @@
 "Pictures of one's own: prepared as by fastai's transforms, trained on every path, told by name, refused by name"
-import json, os
+import json, os, unicodedata
 import numpy as np
 import pandas as pd
 import pytest
@@ -208,7 +208,8 @@ def add_animation(pets):
     (lambda pets: [remove_dogs(pets), [f.unlink() for f in (pets/'cat').iterdir()]], 'holds no pictures. Accepted are folders'),
     (remove_dogs, "has one class only, 'cat'"),
     (leave_one_dog, "the class 'dog' has one picture"),
-    (add_Cat, "the classes 'Cat' and 'cat' differ by case"),
+    (add_Cat, "the classes 'Cat' and 'cat' differ only by case"),
+    (lambda pets: fill(pets, 2, [unicodedata.normalize(form, 'Kätzchen') for form in ('NFC', 'NFD')]), 'differ only by .* the encoding of a letter'),
     (add_broken, '(?s)1 of 41 pictures cannot be used:.*broken.png cannot be read.*skip_bad=True'),
     (add_blank, 'blank.png is blank'),
     (add_16_bits, 'deep.png cannot be read: it has more than 8 bits a channel'),
@@ -217,6 +218,10 @@ def add_animation(pets):
 def test_bad_folders(pets, spoil, message):
     spoil(pets)
     with pytest.raises(ValueError, match=message): image_dls(pets, device='cpu')
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match='none is no folder; expected a folder of pictures'): image_dls(tmp_path/'none')
+    with pytest.raises(ValueError, match='https://a.org/b.zip is an address, not a folder'): image_dls('https://a.org/b.zip')
 
 def test_bad_pictures_can_be_left_out(pets, capsys):
     add_broken(pets)
@@ -239,7 +244,7 @@ def test_bad_tables(pets):
         with pytest.raises(ValueError, match=message): image_dls(pets, labels=table, valid_col='later', device='cpu')
     with pytest.raises(ValueError, match='cat/0.png has two labels'): dls(rows + [('cat/0.png', 'b')])
     with pytest.raises(ValueError, match='gone.png'): dls(rows + [('gone.png', 'b')])
-    with pytest.raises(ValueError, match="the classes 'a' and 'a ' differ by case or spaces"): dls(rows + [('dog/2.png', 'a ')])
+    with pytest.raises(ValueError, match="the classes 'a' and 'a ' differ only by case, spaces"): dls(rows + [('dog/2.png', 'a ')])
 
 def test_names_in_a_csv_file_are_kept(pets):
     (pets/'labels.csv').write_text('name, label\n' + ''.join(f'{kind}/{i}.png, {name}\n' for kind,name in (('cat', 'NA'), ('dog', 'None')) for i in range(4)))
@@ -253,6 +258,7 @@ def test_pictures_beside_the_folders(pets, tmp_path):
     assert list(image_dls(split, device='cpu').vocab) == ['cat', 'dog']
 
 @pytest.mark.parametrize('given,message', [
+    (dict(size=8), 'size=8: size is a whole number from 18 on'),
     (dict(n_train=0), 'n_train=0: n_train is a whole number from 1 on'),
     (dict(n_train=33), 'n_train=33: there are only 32 training pictures'),
     (dict(val_bs=0), 'val_bs=0: val_bs is a whole number from 1 on'),
