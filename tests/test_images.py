@@ -60,7 +60,7 @@ def test_a_bar_for_many_pictures_only(pets, capsys):
     "Not even the block that a hidden bar of fastprogress prints"
     dls = image_dls(pets, size=24, device='cpu')
     assert capsys.readouterr().out == ''
-    images.read_pictures(2001*[pets/'cat'/'0.png'], dls.spec)
+    images._read_pictures(2001*[pets/'cat'/'0.png'], dls.spec)
     assert '100.00%' in capsys.readouterr().out
 
 
