@@ -499,7 +499,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mnist_block3.run.run_environment': ('run.html#run_environment', 'mnist_block3/run.py'),
                                   'mnist_block3.run.train_run': ('run.html#train_run', 'mnist_block3/run.py')},
             'mnist_block3.settings': { 'mnist_block3.settings._check_local': ('settings.html#_check_local', 'mnist_block3/settings.py'),
-                                       'mnist_block3.settings._python_value': ('settings.html#_python_value', 'mnist_block3/settings.py'),
                                        'mnist_block3.settings.check_folder': ('settings.html#check_folder', 'mnist_block3/settings.py'),
                                        'mnist_block3.settings.check_source': ('settings.html#check_source', 'mnist_block3/settings.py'),
                                        'mnist_block3.settings.recipe_settings': ( 'settings.html#recipe_settings',

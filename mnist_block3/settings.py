@@ -6,10 +6,9 @@
 __all__ = ['protocols', 'recipes', 'recipe_epochs', 'resizes', 'reference_settings', 'tuned_settings', 'recipe_settings',
            'check_folder', 'check_source', 'run_settings']
 
-# %% ../nbs/01_settings.ipynb #5bcda8ce
+# %% ../nbs/01_settings.ipynb #b18f2ac2
 import glob, re
 from inspect import signature
-from numbers import Number
 from pathlib import Path
 from .basics import check_amount, check_choice, check_count, check_flag, check_rate, check_seed, check_share, check_size
 
@@ -51,7 +50,7 @@ def tuned_settings(
     return dict(lr=lr, mom=mom, wd=wd, pct_start=pct_start, nesterov=nesterov,
                 drop=drop, aug=aug, elastic=elastic, precise_bn=precise_bn)
 
-# %% ../nbs/01_settings.ipynb #84c1278c
+# %% ../nbs/01_settings.ipynb #d4bdacaf
 recipes = dict(reference=reference_settings, tuned=tuned_settings)
 recipe_epochs = dict(reference=15, tuned=14)
 
@@ -67,7 +66,7 @@ def recipe_settings(
         raise ValueError(f'{k}: the {recipe} recipe has no such setting; it has {", ".join(names)}')
     return recipes[recipe](**given)
 
-# %% ../nbs/01_settings.ipynb #b42827a0
+# %% ../nbs/01_settings.ipynb #12806ee3
 def _check_local(source):
     "Raise `ValueError` for an address; the path otherwise"
     if not re.match(r'\w{2,}:/', str(source)): return Path(source).expanduser()
@@ -88,10 +87,10 @@ def check_source(
 ) -> Path: # The same as a path
     "Raise `FileNotFoundError` where nothing is at `source`, `ValueError` for an address"
     path = _check_local(source)
-    if path.exists() or path.parent.is_dir() and any(path.parent.glob(f'{glob.escape(path.name)}-*')): return path
+    if path.exists() or any(path.parent.glob(f'{glob.escape(path.name)}-*')): return path
     raise FileNotFoundError(f'{path} is no folder or file. `source` is a folder of a data set or of pictures, or a file')
 
-# %% ../nbs/01_settings.ipynb #c05ad3ff
+# %% ../nbs/01_settings.ipynb #c388ee2c
 resizes = 'crop', 'pad', 'squish'
 
 def run_settings(
@@ -128,6 +127,4 @@ def run_settings(
     run = dict(epochs=epochs, bs=bs, recipe=recipe, seed=seed, valid=valid, source=source,
                size=size, resize=resize, flip=flip, device=device, n_train=n_train, bf16=bf16,
                reproducible=reproducible, fast=fast, also_reference=also_reference)
-    return {k: _python_value(v) for k,v in (run | settings).items()}
-
-def _python_value(v): return v.item() if isinstance(v, Number) and hasattr(v, 'item') else v
+    return {k: v.item() if hasattr(v, 'item') else v for k,v in (run | settings).items()} # no numbers of NumPy
