@@ -398,6 +398,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mnist_block3.picture.PictureSpec.pad_mode': ( 'picture.html#picturespec.pad_mode',
                                                                                      'mnist_block3/picture.py'),
                                       'mnist_block3.picture.PictureSpec.read': ('picture.html#picturespec.read', 'mnist_block3/picture.py'),
+                                      'mnist_block3.picture.PictureSpec.shapes': ( 'picture.html#picturespec.shapes',
+                                                                                   'mnist_block3/picture.py'),
                                       'mnist_block3.picture.PictureSpec.to_json': ( 'picture.html#picturespec.to_json',
                                                                                     'mnist_block3/picture.py'),
                                       'mnist_block3.picture.SeveralDigits': ('picture.html#severaldigits', 'mnist_block3/picture.py'),

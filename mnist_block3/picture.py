@@ -376,6 +376,12 @@ class PictureSpec:
     def n_in(self): return len(self.mean)
 
     @property
+    def shapes(self):
+        "The shapes that an image's array may have: (C, H, W), and (H, W) if there is one channel"
+        shape = self.n_in, self.size, self.size
+        return [shape, shape[1:]] if self.n_in == 1 else [shape]
+
+    @property
     def pad_mode(self):
         "What augmentation puts beyond the border: MNIST's images are black there"
         return 'zeros' if self.resize is None else 'reflection'
