@@ -25,7 +25,7 @@ from fastai.torch_core import default_device, TensorCategory, TensorImage, Tenso
 from fastai.vision.augment import RandTransform
 from fastai.vision.core import PILImage, PILImageBW
 from .augment import crop_rotate, distort, uniform_amounts
-from .basics import check_choice, check_count, times
+from .basics import check_choice, check_count
 from .picture import PictureSpec
 from .settings import protocols
 from .sources import Images, load_digits
@@ -49,7 +49,6 @@ def get_images(
 ) -> Images: # With the protocol's training and evaluation indices in `splits`
     "The images that the protocol `valid` needs, and no others"
     check_choice('valid', valid, protocols)
-    if n_train is not None: check_count(n_train=n_train)
     train,test = load_digits(source)
     if valid == 'test' and not len(test):
         raise ValueError(f"{source} has no test images with labels: valid='holdout' evaluates on the last 10,000 training images")
@@ -59,6 +58,7 @@ def get_images(
                              f'but there are {len(train):,}')
         train,test = train[:-n_holdout], train[-n_holdout:]
     n = len(train) if n_train is None else n_train
+    check_count(n_train=n)
     if n > len(train): raise ValueError(f'n_train={n}: there are only {len(train)} training images')
     train = train[:n]
     if valid == 'reference': return Images(train.images, train.labels, train.spec, (range(n), range(n)))
@@ -79,15 +79,12 @@ class PreparedImage(Transform):
     def setups(self, dsets): self.spec = getattr(dsets.items, 'spec', self.spec)
 
     def encodes(self, item):
-        shape = self.spec.n_in, self.spec.size, self.spec.size
-        short = shape[1:] if shape[0] == 1 else shape
-        is_array = isinstance(item, (np.ndarray, torch.Tensor))
-        if not is_array or item.shape not in (shape, short): item = self.spec.read(item)
-        item = torch.as_tensor(item)
-        if item.dtype != torch.uint8:
-            raise ValueError(f'Expected a picture, or {times(short)} bytes (uint8); got {item.dtype} {tuple(item.shape)}')
-        pixels = item.cpu().reshape(shape).permute(1, 2, 0).numpy()
-        return PILImageBW.create(pixels[...,0]) if shape[0] == 1 else PILImage.create(pixels)
+        shapes = self.spec.shapes
+        if isinstance(item, torch.Tensor): item = item.detach().cpu().numpy()
+        is_ready = isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape in shapes
+        pixels = (item if is_ready else self.spec.read(item)).reshape(shapes[0])
+        if len(pixels) == 1: return PILImageBW.create(pixels[0])
+        return PILImage.create(pixels.transpose(1, 2, 0))
 
 # %% ../nbs/05_data.ipynb #024d5872
 class KnownCategory(Categorize):
@@ -171,9 +168,15 @@ class ImagesDL(TfmdDL):
         return to_detach(b, cpu, gather=False)
 
 # %% ../nbs/05_data.ipynb #4bdf5315
-class CropRotate(RandTransform):
-    "Scale up the centre of some images, then rotate each by an angle of its own; training only"
+class _ForEachImage(RandTransform):
+    "Apply the method `augment`, which draws for each image of a batch; training only"
     order = 30 # where fastai has its affine transforms
+    def before_call(self, b, split_idx): "Nothing is drawn for the whole batch"
+    def encodes(self, x:TensorImage): return self.augment(x.as_subclass(torch.Tensor))
+
+# %% ../nbs/05_data.ipynb #fa8a569f
+class CropRotate(_ForEachImage):
+    "Scale up the centre of some images, then rotate each by an angle of its own; training only"
     def __init__(self,
         p:float=0.1, # Probability that an image's centre is cropped and scaled to the whole
         crop:float=22/28, # Share of height and width that is kept then
@@ -184,33 +187,25 @@ class CropRotate(RandTransform):
         super().__init__(p=p)
         store_attr('crop,max_deg,draw,pad_mode')
 
-    def before_call(self, b, split_idx): "Each image draws for itself"
-
     def augment(self, x):
         "Transform images (B, C, H, W) in [0, 1]"
         deg = uniform_amounts(x, self.max_deg) if self.draw is None else x.new_full((len(x),), -self.draw)
         cropped = torch.rand(len(x), device=x.device) < self.p
         return crop_rotate(x, deg, torch.where(cropped, self.crop, 1.), self.pad_mode)
 
-    def encodes(self, x:TensorImage): return self.augment(x.as_subclass(torch.Tensor))
-
 # %% ../nbs/05_data.ipynb #48c6c75f
-class Distort(RandTransform):
+class Distort(_ForEachImage):
     "Rotate, shift, scale and bend each image by amounts of its own; training only"
-    order = 30
     def __init__(self,
         max_deg:float=8., # Largest angle in degrees, uniform in both directions
         max_shift:float=1.5, # Largest shift in pixels, across and down, uniform
         max_scale:float=0.08, # Largest change of size, as a share of it, uniform
-        elastic:float=0., # Standard deviation of the bending arrows in pixels, normal; 0: no bending
-        n_arrows:int=4, # Bending arrows along each side
+        elastic:float=0., # Standard deviation of the 4×4 bending arrows in pixels, normal; 0: no bending
         strength:float=1., # Factor of all amounts
         pad_mode:str='zeros', # What lies beyond the border: 'zeros', 'border' or 'reflection'
     ):
         super().__init__(p=1.)
         store_attr()
-
-    def before_call(self, b, split_idx): "Each image draws for itself"
 
     def augment(self, x):
         "Transform images (B, C, H, H) in [0, 1]"
@@ -218,31 +213,22 @@ class Distort(RandTransform):
         right = uniform_amounts(x, self.strength*self.max_shift)
         down = uniform_amounts(x, self.strength*self.max_shift)
         change = uniform_amounts(x, self.strength*self.max_scale)
-        arrows = self.arrows(x) if self.elastic else None
+        arrows = None
+        if self.elastic: arrows = x.new_empty(len(x), 2, 4, 4).normal_(std=self.strength*self.elastic)
         return distort(x, deg, right, down, 1 + change, arrows, self.pad_mode)
 
-    def arrows(self, x):
-        "Random arrows for each image, (B, 2, n_arrows, n_arrows)"
-        return x.new_empty(len(x), 2, self.n_arrows, self.n_arrows).normal_(std=self.strength*self.elastic)
-
-    def encodes(self, x:TensorImage): return self.augment(x.as_subclass(torch.Tensor))
-
 # %% ../nbs/05_data.ipynb #3532bff1
-class Mirror(RandTransform):
+class Mirror(_ForEachImage):
     "Mirror each image with the probability `p`, left for right; training only"
     order = 29
     def __init__(self,
         p:float=0.5, # Probability
     ): super().__init__(p=p)
 
-    def before_call(self, b, split_idx): "Each image draws for itself"
-
     def augment(self, x):
         "Transform images (B, C, H, W)"
         mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < self.p
         return torch.where(mirrored, x.flip(-1), x)
-
-    def encodes(self, x:TensorImage): return self.augment(x.as_subclass(torch.Tensor))
 
 # %% ../nbs/05_data.ipynb #9d9b7d76
 def image_block(

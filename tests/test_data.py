@@ -14,10 +14,9 @@ from fastai.vision.core import PILImageBW
 names = [name.removesuffix('.gz') for name in mnist_sha256]
 
 
-def idx(a, magic=None, dims=None):
+def idx(a, dims=None):
     dims = dims or a.shape
-    magic = magic or 0x800 + len(dims)
-    return struct.pack(f'>{1 + len(dims)}I', magic, *dims) + a.tobytes()
+    return struct.pack(f'>{1 + len(dims)}I', 0x800 + len(dims), *dims) + a.tobytes()
 
 
 def write_idx_folder(folder, **changed):
@@ -42,14 +41,6 @@ def test_bundled_files_are_mnist_as_torchvision_reads_it(mnist, tmp_path):
         for ours in (mnist[split], from_torchvisions_folder[split]):
             assert torch.equal(ours.images, theirs.data)
             assert torch.equal(ours.labels.long(), theirs.targets)
-
-
-def test_a_sibling_data_set_is_as_good_a_source(tmp_path):
-    folder = write_idx_folder(tmp_path)
-    (folder/f'{names[0]}.gz').write_bytes(gzip.compress((folder/names[0]).read_bytes()))
-    (folder/names[0]).unlink()
-    dls = mnist_dls(folder, bs=8, device='cpu')
-    assert (dls.train.n, len(dls.train), dls.valid.n) == (30, 4, 10)
 
 
 def test_image_folder_gives_the_same_tensors(mnist, tmp_path):
@@ -143,10 +134,8 @@ no_images = np.zeros((0,28,28), np.uint8)
 bad_files = {
     'truncated':          (dict(train_images=ok[:-1]), 'promises 30×28×28 bytes after its header, but has 23519'),
     'too long':           (dict(train_images=ok + b'\0'), 'but has more'),
-    'no header':          (dict(train_images=b'\0\0'), 'has the magic number 0 and the dimensions 0×0×0'),
     'corrupt gzip':       (dict(train_images=gzip.compress(ok)[:-9]), 'is not a whole gzip file'),
     'gzip of nonsense':   (dict(train_images=b'\x1f\x8b' + bytes(100)), 'is not a whole gzip file'),
-    'wrong magic':        (dict(train_images=idx(no_images, magic=1234)), 'magic number 1234'),
     'wrong size':         (dict(train_images=idx(no_images, dims=(30,32,32))), '30×32×32'),
     'no images':          (dict(train_images=idx(no_images)), '0×28×28'),
     'label out of range': (dict(train_labels=idx(np.full(30, 10, np.uint8))), 'the label 10, but labels are 0 to 9'),
@@ -161,14 +150,6 @@ def test_damaged_idx_files(tmp_path, case):
     folder = write_idx_folder(tmp_path, **files)
     with pytest.raises(ValueError, match=message) as e: load_digits(folder)
     assert str(folder) in str(e.value)
-
-
-def test_missing_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match='is no folder'): load_digits(tmp_path/'none')
-    with pytest.raises(FileNotFoundError, match='holds nothing. Accepted are'): load_digits(tmp_path)
-    folder = write_idx_folder(tmp_path)
-    (folder/'t10k-labels-idx1-ubyte').unlink()
-    with pytest.raises(FileNotFoundError, match='t10k-images-idx3-ubyte has no labels beside it'): load_digits(folder)
 
 
 def test_damaged_bundled_file(tmp_path, monkeypatch):
@@ -194,10 +175,8 @@ def test_bad_image_folders(tmp_path):
 
 @pytest.mark.parametrize('kwargs,error,message', [
     (dict(valid='train'), ValueError, "valid='train': valid is one of 'test', 'holdout', 'reference'"),
-    (dict(bs=0), ValueError, 'bs=0'),
     (dict(bs=1.5), ValueError, 'bs=1.5'),
     (dict(n_train=0), ValueError, 'n_train=0'),
-    (dict(n_train=60_001), ValueError, 'only 60000'),
     (dict(n_train=50_001, valid='holdout'), ValueError, 'only 50000'),
     (dict(device='gpu'), ValueError, "device='gpu'"),
     (dict(device='cuda:77'), RuntimeError, "no device 'cuda:77'"),
