@@ -42,6 +42,15 @@ def trained(small_dls):
     return learn
 
 
+@pytest.fixture
+def command(tmp_path):
+    "A function that runs a command of the package in the folder of the test"
+    def command(name, *args, **env):
+        return subprocess.run([Path(sys.executable).parent/name, *map(str, args)], cwd=tmp_path,
+                              env=os.environ | env, capture_output=True, text=True, timeout=120)
+    return command
+
+
 @pytest.fixture(scope='session')
 def once(tmp_path_factory):
     "A function that calls `fill` with a folder, once for all processes that run tests, and returns the folder"

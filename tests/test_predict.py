@@ -1,17 +1,11 @@
 "Reading digits from files, and exporting the network"
-import io, json, subprocess, sys, time
+import io, json, re, time
 from pathlib import Path
 import numpy as np, onnx, onnxruntime, pytest, torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from mnist_block3.all import (Block3, block3_learner, find_images, load_block3, mnist_dls, mnist_form, PictureSpec,
                               predict_digits, predict_files, weights_path)
-from mnist_block3.cli import block3_export, block3_predict
-
-
-def command(name, *args, **kwargs):
-    command = [Path(sys.executable).parent/name, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
 @pytest.fixture
@@ -40,16 +34,6 @@ def test_predict_files_over_several_batches(folder, mnist):
     assert digits == mnist[1].labels[:5].tolist()*3
 
 
-def test_learner_predicts_from_files_and_pictures(folder):
-    learn = block3_learner(mnist_dls(n_train=64, device='cpu'), pretrained=True)
-    file = folder/'4.png'
-    want = predict_digits(load_block3(), mnist_form(file)[None])[0]
-    for item in (file, str(file), Image.open(file), mnist_form(file)):
-        with learn.no_bar(): probs = learn.predict(item)[2]
-        np.testing.assert_allclose(probs, want, atol=1e-5)
-    assert want.argmax() == 4
-
-
 @pytest.fixture(scope='module')
 def pretrained(): return block3_learner(mnist_dls(n_train=64, device='cpu'), pretrained=True)
 
@@ -64,19 +48,24 @@ def coloured(tmp_path, mnist):
 
 def with_alpha(rgb): return np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)])
 
-in_memory = {
+kinds = {
+    'path': Path,
+    'name': str,
+    'picture': Image.open,
     'RGB array': lambda file: np.asarray(Image.open(file)),
     'BGR array': lambda file: np.asarray(Image.open(file))[...,::-1],
     'RGBA array': lambda file: with_alpha(np.asarray(Image.open(file))),
+    'grey array': lambda file: np.asarray(Image.open(file).convert('L')),
+    'grey array with a channel': lambda file: np.asarray(Image.open(file).convert('L'))[...,None],
     'tensor': lambda file: torch.from_numpy(np.array(Image.open(file))),
     'bytes': Path.read_bytes,
     'BytesIO': lambda file: io.BytesIO(file.read_bytes()),
     'open file': lambda file: open(file, 'rb')}
 
-@pytest.mark.parametrize('kind', in_memory)
-def test_a_picture_in_memory_is_read_as_its_file(coloured, pretrained, kind):
-    picture = in_memory[kind](coloured)
-    assert np.abs(mnist_form(picture).astype(int) - mnist_form(coloured)).max() <= 1
+@pytest.mark.parametrize('kind', kinds)
+def test_a_picture_of_any_kind_is_read_as_its_file(coloured, pretrained, kind):
+    picture = kinds[kind](coloured)
+    assert np.abs(mnist_form(picture).astype(int) - mnist_form(coloured)).max() <= 2
     with pretrained.no_bar(): digit = pretrained.predict(picture)[0]
     (_,probs),(_,again) = predict_files([picture, picture])
     assert digit == '4' and probs.argmax() == again.argmax() == 4
@@ -84,15 +73,8 @@ def test_a_picture_in_memory_is_read_as_its_file(coloured, pretrained, kind):
 
 def test_a_network_for_colours_gets_them_as_in_the_file(coloured):
     spec = PictureSpec(size=32, resize='squish', mean=(0.5,)*3, std=(0.2,)*3)
-    for kind in set(in_memory) - {'BGR array'}:
-        assert np.array_equal(spec.read(in_memory[kind](coloured)), spec.read(coloured)), kind
-
-
-@pytest.mark.parametrize('shape', [(60,70), (60,70,1)])
-def test_grey_arrays(mnist, pretrained, shape):
-    grey = np.zeros(shape, np.uint8)
-    grey[20:48,30:58] = mnist[1].images[4].numpy().reshape(28, 28, *shape[2:])
-    with pretrained.no_bar(): assert pretrained.predict(grey)[0] == '4'
+    for kind in set(kinds) - {'BGR array', 'grey array', 'grey array with a channel'}:
+        assert np.array_equal(spec.read(kinds[kind](coloured)), spec.read(coloured)), kind
 
 
 no_pictures = {
@@ -104,8 +86,7 @@ def test_what_is_no_picture_is_named_not_printed(name, pretrained):
     with pytest.raises(ValueError, match=r'^The image cannot be read: [^\[\]\n]{40,180}$') as e: mnist_form(no_pictures[name])
     assert str(e.value).endswith(f'not {name}')
     assert [str(error) for _,error in predict_files([no_pictures[name]])] == [str(e.value)]
-    with pretrained.no_bar(), pytest.raises(ValueError) as e: pretrained.predict(no_pictures[name])
-    assert name.replace('float64', 'torch.float64') in str(e.value) and '[' not in str(e.value)
+    with pretrained.no_bar(), pytest.raises(ValueError, match=re.escape(str(e.value))): pretrained.predict(no_pictures[name])
 
 
 @pytest.mark.parametrize('junk', [b'no picture', io.BytesIO(b'no picture')])
@@ -130,8 +111,8 @@ def test_one_file_or_any_iterable_of_files(coloured, kind):
     assert Path(file) == coloured and probs.argmax() == 4
 
 
-def test_console(folder):
-    done = command('block3_predict', '.', 'notes.txt', '4.png', 'gone.png', cwd=folder)
+def test_console(folder, command):
+    done = command('block3_predict', '.', 'notes.txt', '4.png', 'gone.png')
     rows = [line.split('\t') for line in done.stdout.splitlines()]
     names = ['0.png', '1.png', '2.png', '3.png', '4.png', '4.png']
     assert [row[:2] for row in rows] == [list(pair) for pair in zip(names, '721044')]
@@ -141,69 +122,62 @@ def test_console(folder):
     assert all(error.startswith('block3_predict: ') for error in errors)
 
 
-def test_console_as_json(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    block3_predict(['0.png'], json=True)
-    row = json.loads(capsys.readouterr().out)
-    assert row['digit'] == 7 and len(row['probabilities']) == 10 and row['path'] == '0.png'
-
-
-def test_names_with_control_characters(folder):
+def test_names_with_control_characters(folder, command):
     "Each picture has one line with three columns, and each error one line"
     names = ['a\tb.png', 'c\nd.png', 'e\r\x1b[31m.png']
     for i,name in enumerate(names): (folder/f'{i}.png').rename(folder/name)
     (folder/'broken.png').rename(folder/'brok\nen.png')
-    done = command('block3_predict', *names, 'brok\nen.png', 'go\tne.png', cwd=folder)
+    done = command('block3_predict', *names, 'brok\nen.png', 'go\tne.png')
     assert done.stdout.splitlines() == done.stdout.split('\n')[:-1]
     rows = [line.split('\t') for line in done.stdout.splitlines()]
     assert [row[:2] for row in rows] == [[r'a\tb.png', '7'], [r'c\nd.png', '2'], [r'e\r\x1b[31m.png', '1']]
     assert [len(row) for row in rows] == [3, 3, 3]
     errors = done.stderr.splitlines()
     assert [error.split()[1] for error in errors] == [r'brok\nen.png', r'go\tne.png'] and done.returncode == 1
-    done = command('block3_predict', '--json', *names, cwd=folder)
+    done = command('block3_predict', '--json', *names)
     assert [json.loads(line)['path'] for line in done.stdout.splitlines()] == names
 
 
-def test_names_that_begin_with_a_dash(folder):
+def test_names_that_begin_with_a_dash(folder, command):
     "One dash begins a name, and after two dashes all are names"
     names = ['-7.png', '-x2.png', '-h', '--json', '-4.png']
     for i,name in enumerate(names): (folder/f'{i}.png').rename(folder/name)
-    done = command('block3_predict', '--min_probability', '0.1', '-7.png', '-x[2].png', '--', *names[2:], cwd=folder)
+    done = command('block3_predict', '--min_probability', '0.1', '-7.png', '-x[2].png', '--', *names[2:])
     assert [line.split('\t')[:2] for line in done.stdout.splitlines()] == [list(pair) for pair in zip(names, '72104')]
     assert done.returncode == 0 and not done.stderr
 
 
-def test_console_marks_what_it_does_not_know(tmp_path, mnist, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_console_marks_what_it_does_not_know(tmp_path, mnist, command):
     digit = mnist[1].images[0].numpy()
-    Image.new('L', (90,90), 250).save('a_blank.png')
-    Image.fromarray(digit).save('b_digit.png')
-    Image.fromarray(np.concatenate([np.pad(digit, 20)]*2, axis=1)).save('c_two.png')
     letter = Image.new('L', (100,120), 255)
-    for line,width in [((20,105,50,15), 12), ((50,15,80,105), 12), ((30,70,70,70), 10)]: ImageDraw.Draw(letter).line(line, 0, width)
-    letter.save('d_letter.png')
-    names = ['a_blank.png', 'b_digit.png', 'c_two.png', 'd_letter.png']
+    for line,width in [((20,105,50,15), 12), ((50,15,80,105), 12), ((30,70,70,70), 10)]:
+        ImageDraw.Draw(letter).line(line, 0, width)
+    two = Image.fromarray(np.concatenate([np.pad(digit, 20)]*2, axis=1))
+    pictures = dict(a_blank=Image.new('L', (90,90), 250), b_digit=Image.fromarray(digit), c_two=two, d_letter=letter)
+    names = [f'{name}.png' for name in pictures]
+    for name,picture in zip(names, pictures.values()): picture.save(tmp_path/name)
     done = command('block3_predict', *names, '--min-probability', '1.1')
     rows = [line.split('\t') for line in done.stdout.splitlines()]
     assert [row[-1] for row in rows] == ['none', 'unsure', 'several', 'unsure'] and rows[1][1] == '7'
     assert done.returncode == 3 and not done.stderr
-    assert block3_predict([*names, 'gone.png'], json=True) == 1
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row['mark'] for row in rows] == ['none', None, 'several', 'unsure']
-    assert 'it is blank' in rows[0]['reason'] and '2 parts' in rows[2]['reason']
+    done = command('block3_predict', '--json', 'gone.png', *names)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row['path'] for row in rows] == names
+    assert [(row['digit'], row['mark']) for row in rows] == [(None, 'none'), (7, None), (None, 'several'), (4, 'unsure')]
+    assert 'it is blank' in rows[0]['reason'] and '2 parts' in rows[2]['reason'] and len(rows[1]['probabilities']) == 10
+    assert done.returncode == 1
 
 
 def test_weights(tmp_path):
     save_file({'a': torch.zeros(3)}, tmp_path/'other.safetensors')
     with pytest.raises(ValueError, match='does not hold the weights'): load_block3(tmp_path/'other.safetensors')
-    with pytest.raises(FileNotFoundError): load_block3(tmp_path)
     (tmp_path/'weights.safetensors').write_bytes(weights_path.read_bytes())
     want = Block3(pretrained=True).state_dict()
     torch.testing.assert_close(load_block3(tmp_path).state_dict(), want, rtol=0, atol=0)
 
 
-def test_export(tmp_path, mnist):
-    done = command('block3_export', '--formats', 'safetensors,onnx,js', '--out', 'here', cwd=tmp_path)
+def test_export(tmp_path, mnist, command):
+    done = command('block3_export', '--formats', 'safetensors,onnx,js', '--out', 'here')
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [f'here/block3.{name}' for name in ('safetensors', 'onnx', 'js')]
     weights = load_file(tmp_path/'here'/'block3.safetensors')
@@ -215,13 +189,8 @@ def test_export(tmp_path, mnist):
     assert onnx.load(tmp_path/'here'/'block3.onnx').opset_import[0].version == 18
 
 
-def test_export_of_an_unknown_format():
-    with pytest.raises(ValueError, match="formats='onxx': formats is one of 'safetensors', 'onnx', 'js'"):
-        block3_export(formats='onxx')
-
-
 @pytest.mark.slow
-def test_ten_thousand_files_in_half_a_minute(tmp_path, mnist):
+def test_ten_thousand_files_in_half_a_minute(tmp_path, mnist, command):
     images = mnist[1].images
     for i,image in enumerate(images.numpy()): Image.fromarray(image).save(tmp_path/f'{i:05}.png')
     began = time.perf_counter()
