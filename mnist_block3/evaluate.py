@@ -34,9 +34,8 @@ def read_run(
 ) -> tuple[pd.DataFrame,dict,dict]: # History; settings; results: accuracy in 0–1, loss, correct, total, seconds
     "What a run left in its folder; raises `ValueError` where it has not finished, or a file is damaged"
     folder = Path(folder).expanduser()
-    for name in ('summary.json', 'history.csv'):
-        if not (folder/name).is_file():
-            raise ValueError(f'{folder} is no folder of a finished run: it has no {name}')
+    if not (folder/'summary.json').is_file():
+        raise ValueError(f'{folder} is no folder of a finished run: it has no summary.json')
     try:
         summary = json.loads((folder/'summary.json').read_bytes())
         settings = summary['settings']
@@ -77,13 +76,11 @@ def mistakes(
     dl=None, # Evaluation `DataLoader`; `None`: `learn.dls.valid`
 ) -> pd.DataFrame: # `index`, `truth`, `prediction`, `probability` of the prediction, `probability_of_truth`
     "The images of `dl` that `learn` gets wrong, the most confident mistakes first"
-    if dl is None: dl = learn.dls.valid
     probs,targs = [t.numpy() for t in learn.get_preds(dl=dl)]
     names = np.array(learn.dls.vocab)
-    df = pd.DataFrame(dict(truth=names[targs], prediction=names[probs.argmax(1)], probability=probs.max(1)))
-    df['probability_of_truth'] = probs[df.index, targs]
-    wrong = df[df.truth != df.prediction].rename_axis('index').reset_index()
-    return wrong.sort_values('probability', ascending=False, ignore_index=True)
+    df = pd.DataFrame(dict(index=range(len(targs)), truth=names[targs], prediction=names[probs.argmax(1)],
+                           probability=probs.max(1), probability_of_truth=probs[range(len(targs)), targs]))
+    return df[df.truth != df.prediction].sort_values('probability', ascending=False, ignore_index=True)
 
 # %% ../nbs/12_evaluate.ipynb #5bc48cc3
 def plot_mistakes(
