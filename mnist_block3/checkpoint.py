@@ -16,7 +16,6 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner
 from fastai.optimizer import Optimizer
 from fastai.torch_core import get_model, rank_distrib, to_device
 from .basics import write_whole
@@ -27,9 +26,8 @@ from .learner import History
 # %% ../nbs/13_checkpoint.ipynb #5fba3406
 def _random_state(dls):
     "The state of all random number generators that a fit on `dls` draws from"
-    kind,keys,*rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state(dls.device) if dls.device.type == 'cuda' else None
-    return dict(torch=torch.get_rng_state(), cuda=cuda, numpy=[kind, keys.tolist(), *rest],
+    return dict(torch=torch.get_rng_state(), cuda=cuda, numpy=np.random.get_state(),
                 python=random.getstate(), loaders=[dl.rng.getstate() for dl in dls.loaders])
 
 def _rng_tuple(state):
@@ -46,39 +44,31 @@ def _set_random_state(dls, state):
     for dl,rng in zip(dls.loaders, state['loaders']): dl.rng.setstate(_rng_tuple(rng))
 
 # %% ../nbs/13_checkpoint.ipynb #34e9ea67
+def _records(learn):
+    "Where the course of a fit is recorded: objects, and the names of their attributes"
+    rec = learn.recorder
+    return [(rec, 'lrs'), (rec, 'iters'), (rec.smooth_loss, 'val'), (rec.smooth_loss, 'count'),
+            (learn, 'train_iter'), (learn.history, 'rows'), (learn.fast_epoch, 'engine'),
+            *[(cb, 'hps') for cb in schedulers(learn)]]
+
 def _fit_state(learn):
     "All that the rest of the fit depends on at the end of an epoch, and what it has recorded"
-    rec = learn.recorder
-    losses = torch.tensor([float(loss) for loss in rec.losses])
-    recorded = dict(values=rec.values, lrs=rec.lrs, iters=rec.iters, losses=losses)
+    losses = torch.tensor([float(loss) for loss in learn.recorder.losses])
     return dict(epoch=learn.epoch + 1, model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
-                random=_random_state(learn.dls), recorder=recorded,
-                smooth_loss=[float(rec.smooth_loss.val), rec.smooth_loss.count],
-                hps=[cb.hps for cb in schedulers(learn)], history=learn.history.rows,
-                train_iter=learn.train_iter, engine=learn.fast_epoch.engine)
+                random=_random_state(learn.dls), losses=losses, values=learn.recorder.values,
+                records=[getattr(obj, name) for obj,name in _records(learn)])
 
 # %% ../nbs/13_checkpoint.ipynb #aec0f66c
 def _set_fit_state(learn, state):
     "Continue `learn` from where another fit stood"
     get_model(learn.model).load_state_dict(state['model'])
-    _set_opt_state(learn.opt, state['opt'])
+    opt = state['opt']
+    if isinstance(learn.opt, Optimizer): opt = to_device(opt, learn.dls.device) # fastai's own does not do that
+    learn.opt.load_state_dict(opt)
     _set_random_state(learn.dls, state['random'])
-    learn.train_iter = state['train_iter']
-    learn.history.rows = state['history']
-    learn.fast_epoch.engine = state['engine']
-    for cb,hps in zip(schedulers(learn), state['hps']): cb.hps = hps
-    rec = learn.recorder
-    for name in ('values', 'lrs', 'iters'): setattr(rec, name, state['recorder'][name])
-    rec.losses = list(state['recorder']['losses'].unbind())
-    val,rec.smooth_loss.count = state['smooth_loss']
-    rec.smooth_loss.val = torch.tensor(val)
-
-def _set_opt_state(opt, state):
-    if isinstance(opt, Optimizer): # fastai's own, which takes the state as it is
-        state = to_device(state, opt.param_lists[0][0].device)
-        state['hypers'] = L(state['hypers'])
-    else: state['state'] = {int(k): v for k,v in state['state'].items()} # JSON made strings of the keys
-    opt.load_state_dict(state)
+    learn.recorder.losses = list(state['losses'].unbind())
+    learn.recorder.values = state['values']
+    for (obj,name),value in zip(_records(learn), state['records']): setattr(obj, name, value)
 
 # %% ../nbs/13_checkpoint.ipynb #50c2bfba
 def _fit_key(learn):
@@ -99,7 +89,7 @@ def _checkpoint_bytes(state):
     tensors = {}
     def encode(obj):
         if isinstance(obj, L): return list(obj)
-        if isinstance(obj, np.generic): return obj.item()
+        if isinstance(obj, (np.generic, np.ndarray)): return obj.tolist()
         if not isinstance(obj, torch.Tensor): raise TypeError(f'a {type(obj).__name__} cannot be kept')
         name = f'{len(tensors):05}'
         tensors[name] = obj.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -120,7 +110,9 @@ def read_checkpoint(
         header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
         text = header['__metadata__']['state']
         if _digest(text, tensors) != header['__metadata__']['sha256']: raise ValueError('wrong SHA-256')
-        def decode(obj): return tensors[obj['tensor']] if list(obj) == ['tensor'] else obj
+        def decode(obj):
+            if list(obj) == ['tensor']: return tensors[obj['tensor']]
+            return {int(k) if k.isdigit() else k: v for k,v in obj.items()} # JSON makes strings of all keys
         return json.loads(text, object_hook=decode)
     except Exception as e:
         raise ValueError(f'{file} is damaged, or no checkpoint. Delete it to begin anew') from e
@@ -165,7 +157,7 @@ def read(self:Checkpoint):
 @patch
 def before_epoch(self:Checkpoint):
     if self.is_no_fit() or self.epoch >= self.n_done: return
-    self.recorder.log += self.state['recorder']['values'][self.epoch]
+    self.recorder.log += self.state['values'][self.epoch]
     self.let_trackers_run(False)
     raise CancelEpochException()
 
