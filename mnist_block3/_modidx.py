@@ -143,8 +143,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'mnist_block3/distributed.py'),
                                           'mnist_block3.distributed.DataParallelTrainer.after_pred': ( 'distributed.html#dataparalleltrainer.after_pred',
                                                                                                        'mnist_block3/distributed.py'),
-                                          'mnist_block3.distributed.DataParallelTrainer.after_train': ( 'distributed.html#dataparalleltrainer.after_train',
-                                                                                                        'mnist_block3/distributed.py'),
                                           'mnist_block3.distributed.DataParallelTrainer.before_fit': ( 'distributed.html#dataparalleltrainer.before_fit',
                                                                                                        'mnist_block3/distributed.py'),
                                           'mnist_block3.distributed.DataParallelTrainer.before_train': ( 'distributed.html#dataparalleltrainer.before_train',

@@ -103,9 +103,6 @@ class DataParallelTrainer(DistributedTrainer):
         distributed.all_reduce(self.learn.loss)
         self._put_together()
 
-    def after_train(self): self.dl.shard = ImagesDL.shard
-    after_validate = after_train
-
     def after_fit(self):
         super().after_fit()
         self.accelerator.free_memory() # it holds what `DistributedDataParallel` holds
@@ -113,7 +110,7 @@ class DataParallelTrainer(DistributedTrainer):
             trained = self.model.get_submodule(name)
             bn.load_state_dict(trained.state_dict()) # the statistics; the weights are the same tensors
             self.model.set_submodule(name, bn)
-        for dl in self.dls: dl.shard = ImagesDL.shard
+        for dl in [*self.dls, self.dl]: dl.shard = ImagesDL.shard # `self.dl` may be any that was evaluated
 
 # %% ../nbs/14_distributed.ipynb #3c71c8d9
 @patch
