@@ -7,14 +7,13 @@ __all__ = ['run_files', 'default_run_dir', 'new_run_dir', 'run_environment', 'Ep
            'read_settings', 'resume_run']
 
 # %% ../nbs/15_run.ipynb #ac64b0ea
-import hashlib, io, json, math, os, platform, time
+import hashlib, io, json, math, os, platform, re, time
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 import matplotlib.pyplot as plt
-import pandas as pd
 import torch
 from fastcore.meta import delegates
 from fastai.callback.core import Callback
@@ -56,9 +55,8 @@ def _code_hash():
 def _cpu_name():
     "The processor's name, from `/proc/cpuinfo` where there is one"
     info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = re.search(r'model name\s*: (.+)', info.read_text()) if info.exists() else None
+    return name[1] if name else platform.processor() or platform.machine()
 
 # %% ../nbs/15_run.ipynb #b1e7fcaf
 def run_environment(
@@ -148,8 +146,7 @@ def _join(device):
     if num_distrib() < 2: return
     if torch.device(device or 'cpu').index is not None:
         raise ValueError(f'device={device!r}: each process takes a device of its own; leave the number out')
-    try: from mnist_block3.distributed import join_processes
-    except ImportError: raise ValueError('Several processes need the extra `distributed`') from None
+    from mnist_block3.distributed import join_processes # which needs Accelerate
     join_processes(device)
 
 def _new_folder(out):
