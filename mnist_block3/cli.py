@@ -40,15 +40,17 @@ def _takes_files(f): return any(p.default is p.empty for p in signature(f).param
 # %% ../nbs/19_cli.ipynb #603cc851
 def _terminate(num, frame): raise KeyboardInterrupt(num)
 
-def _line(name, e):
-    "What the command `name` says about the exception `e`"
-    if isinstance(e, KeyboardInterrupt): message = 'stopped'
-    else: message = str(e).rpartition('\n\t')[2] # fastai puts the name of the callback before it
-    return _escaped(f'{name}: {"; ".join([message, *getattr(e, "__notes__", [])])}')
-
 def _escaped(text):
     r"`text` in one line, with `\t` for a tab and so on"
     return re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]', lambda m: repr(m[0])[1:-1], str(text))
+
+def _is_first_process(): return os.environ.get('RANK', '0') == '0' # as launchers number them
+
+def _exit(status, message, e):
+    "End the process with `status`, and with one line about the exception `e`"
+    line = '; '.join([message, *getattr(e, '__notes__', [])])
+    if _is_first_process(): print(_escaped(line), file=sys.stderr)
+    sys.exit(status)
 
 @contextmanager
 def _ending_in_one_line(name):
@@ -56,12 +58,11 @@ def _ending_in_one_line(name):
     signal.signal(signal.SIGTERM, _terminate)
     try: yield
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # `head` has read enough
-    except (KeyboardInterrupt, ImportError, OSError, RuntimeError, ValueError) as e:
-        if _is_first_process(): print(_line(name, e), file=sys.stderr)
-        if not isinstance(e, KeyboardInterrupt): sys.exit(1)
-        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
-
-def _is_first_process(): return os.environ.get('RANK', '0') == '0' # as launchers number them
+    except KeyboardInterrupt as e:
+        _exit(128 + (e.args[0] if e.args else signal.SIGINT), f'{name}: stopped', e)
+    except (ImportError, OSError, RuntimeError, ValueError) as e:
+        message = str(e).rpartition('\n\t')[2] # fastai puts the name of the callback before it
+        _exit(1, f'{name}: {message}', e)
 
 # %% ../nbs/19_cli.ipynb #8088a623
 def _print_anything():
@@ -217,21 +218,22 @@ def block3_predict(
     The exit status is 0, 3 if a picture has a mark, or 1 if a picture cannot be read."""
     from mnist_block3.predict import find_images, load_block3, mark_of, predict_files
     model = load_block3(weights)
-    statuses = {0}
+    status = 0
     for file,result in predict_files(find_images(images), model):
         mark = mark_of(result, min_probability)
-        statuses.add(3 if mark else 0)
+        if mark and not status: status = 3
         if isinstance(result, Exception) and not mark:
-            statuses.add(1)
+            status = 1
             print(_escaped(f'block3_predict: {result}'), file=sys.stderr)
         else: print((_as_json if json else _as_line)(model.spec, file, result, mark))
     if sys.stdout: sys.stdout.flush()
-    return 1 if 1 in statuses else max(statuses) or None
+    return status or None
 
 def _as_line(spec, file, result, mark):
     if mark in ('none', 'several'): columns = ['-', '-']
     else: columns = [_escaped(spec.vocab[result.argmax()]), f'{result.max():.4f}']
-    return '\t'.join([_escaped(file), *columns, *[mark]*bool(mark)])
+    if mark: columns.append(mark)
+    return '\t'.join([_escaped(file), *columns])
 
 def _as_json(spec, file, result, mark):
     kind = 'class' if spec.resize else 'digit'
