@@ -1,6 +1,5 @@
 "A fit after one that raised or was interrupted: it ends, and is as good as that of a new learner"
 import copy, signal, subprocess, sys
-from functools import partial
 import pytest, torch
 from mnist_block3.all import block3_learner, Callback, CSVLogger, MixUp, history, mnist_dls, set_seed
 

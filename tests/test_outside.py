@@ -1,9 +1,8 @@
 "What comes from outside: a damaged file of any kind ends in a documented error, soon and in little memory, and none is run"
 import gzip, io, os, pickle, struct, zlib
-from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import save
@@ -228,15 +227,25 @@ class Evil:
     def __reduce__(self): return os.mkdir, (self.mark,)
 
 
-def as_pickle(o): return pickle.dumps(o)
-def as_torch(o):
+def as_torch(obj):
     b = io.BytesIO()
-    torch.save({'epoch': o, **OrderedDict(model=o)}, b)
+    torch.save(dict(epoch=obj), b)
     return b.getvalue()
-def as_numpy(o):
+
+def as_numpy(obj):
     b = io.BytesIO()
-    np.save(b, np.array([o], dtype=object), allow_pickle=True)
+    np.save(b, np.array([obj], dtype=object), allow_pickle=True)
     return b.getvalue()
+
+forms = {
+    'pickle': (pickle.dumps, pickle.loads),
+    'torch': (as_torch, lambda data: torch.load(io.BytesIO(data), weights_only=False)),
+    'numpy': (as_numpy, lambda data: np.load(io.BytesIO(data), allow_pickle=True)),
+}
+
+def resume_fit(file):
+    learn = block3_learner(mnist_dls(valid='reference', n_train=64, device='cpu'))
+    with learn.no_bar(): learn.fit(2, cbs=Checkpoint(file, resume=True))
 
 
 four = 'train-images-idx3-ubyte','train-labels-idx1-ubyte','t10k-images-idx3-ubyte','t10k-labels-idx1-ubyte.gz'
@@ -249,29 +258,18 @@ places = {
     'settings of a run':    (('settings.json',), lambda d: block3_train(resume=str(d))),
     'study':                (('study.csv',), lambda d: Study(d).read()),
     'failures':             (('failures.csv',), lambda d: Study(d).read('failures')),
-    'checkpoint':           (('c',), lambda d: read_checkpoint(d/'c')),
+    'checkpoint':           (('c',), lambda d: resume_fit(d/'c')),
 }
 
-@pytest.mark.parametrize('form', [as_pickle, as_torch, as_numpy])
+@pytest.mark.parametrize('form', forms)
 @pytest.mark.parametrize('place', places)
-def test_nothing_is_unpickled(tmp_path, monkeypatch, place, form):
+def test_nothing_is_unpickled(tmp_path, place, form):
     names,load = places[place]
-    data = form(Evil(tmp_path/'was run'))
-    try: np.load(io.BytesIO(data), allow_pickle=True) if form is as_numpy else torch.load(io.BytesIO(data), weights_only=False)
-    except Exception: pass
-    assert (tmp_path/'was run').exists() or form is as_pickle, 'what is planted works'
-    if (tmp_path/'was run').exists(): (tmp_path/'was run').rmdir()
+    dump,load_carelessly = forms[form]
+    mark = tmp_path/'was run'
+    data = dump(Evil(mark))
+    load_carelessly(data)
+    mark.rmdir() # what is planted works
     plant(tmp_path/'d', names, data)
     with pytest.raises(ValueError): load(tmp_path/'d')
-    assert not (tmp_path/'was run').exists()
-
-
-@pytest.mark.parametrize('form', [as_pickle, as_torch])
-def test_nothing_is_unpickled_on_resuming(tmp_path, form):
-    data = form(Evil(tmp_path/'was run'))
-    run = dict(epochs=2, n_train=64, valid='reference', device='cpu')
-    folder = train_run(tmp_path/'run', **run)[1]
-    (folder/'summary.json').unlink()
-    plant(folder, ['checkpoint.safetensors'], data)
-    with pytest.raises(ValueError, match='checkpoint.safetensors is damaged, or no checkpoint'): block3_train(resume=str(folder))
-    assert not (tmp_path/'was run').exists()
+    assert not mark.exists()
