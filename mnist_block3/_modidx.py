@@ -500,6 +500,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mnist_block3.settings.reference_settings': ( 'settings.html#reference_settings',
                                                                                      'mnist_block3/settings.py'),
                                        'mnist_block3.settings.run_settings': ('settings.html#run_settings', 'mnist_block3/settings.py'),
+                                       'mnist_block3.settings.sweep_grid': ('settings.html#sweep_grid', 'mnist_block3/settings.py'),
                                        'mnist_block3.settings.tuned_settings': ( 'settings.html#tuned_settings',
                                                                                  'mnist_block3/settings.py')},
             'mnist_block3.sources': { 'mnist_block3.sources.Images': ('sources.html#images', 'mnist_block3/sources.py'),
@@ -596,5 +597,4 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mnist_block3.sweep._study_row': ('sweep.html#_study_row', 'mnist_block3/sweep.py'),
                                     'mnist_block3.sweep._to_do': ('sweep.html#_to_do', 'mnist_block3/sweep.py'),
                                     'mnist_block3.sweep.run_name': ('sweep.html#run_name', 'mnist_block3/sweep.py'),
-                                    'mnist_block3.sweep.sweep': ('sweep.html#sweep', 'mnist_block3/sweep.py'),
-                                    'mnist_block3.sweep.sweep_grid': ('sweep.html#sweep_grid', 'mnist_block3/sweep.py')}}}
+                                    'mnist_block3.sweep.sweep': ('sweep.html#sweep', 'mnist_block3/sweep.py')}}}

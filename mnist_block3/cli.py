@@ -6,7 +6,7 @@
 __all__ = ['parse', 'block3_train', 'block3_sweep', 'block3_predict', 'block3_export']
 
 # %% ../nbs/19_cli.ipynb #7c38641b
-import itertools, json, os, re, shlex, signal, sys, warnings
+import json, os, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
@@ -16,7 +16,7 @@ import fastcore.script
 from fastcore.meta import delegates
 from fastcore.script import anno_parser
 from .basics import check_choice, write_whole
-from .settings import protocols, recipe_settings, run_settings
+from .settings import protocols, run_settings, sweep_grid
 
 # %% ../nbs/19_cli.ipynb #2b385c28
 def parse(
@@ -102,19 +102,15 @@ def _value(text):
     try: return int(text) if text.isdigit() else float(text)
     except ValueError: return text
 
-def _parse_settings(text, recipes):
-    "A dict a grid, with lists of values by name; raises `ValueError` for what one of `recipes` lacks"
+def _parse_settings(text):
+    "A dict a grid, with lists of values by name"
     grids = [[pair.partition('=') for pair in grid.split()] for grid in (text or '').split(';')]
-    values = [{name: list(map(_value, values.split(','))) for name,_,values in grid} for grid in grids]
-    for recipe,grid in itertools.product(recipes, values):
-        for name in grid:
-            for v in grid[name]: recipe_settings(recipe, **{name: v})
-    return values
+    return [{name: list(map(_value, values.split(','))) for name,_,values in grid} for grid in grids]
 
 # %% ../nbs/19_cli.ipynb #703a97d1
-def _one_setting(text, recipe):
+def _one_setting(text):
     "The settings of a single run, by name"
-    grids = _parse_settings(text, [recipe])
+    grids = _parse_settings(text)
     if len(grids) > 1 or any(len(values) > 1 for values in grids[0].values()):
         raise ValueError(f'settings={text!r}: one run has one value of each')
     return {name: values[0] for name,values in grids[0].items()}
@@ -153,17 +149,17 @@ def block3_train(
     options = kwargs | dict(lr=lr, mom=mom, settings=settings, out=out)
     given = [k for k,v in options.items() if v != signature(block3_train).parameters[k].default]
     if resume and given: raise ValueError(f'{", ".join(given)}: a resumed run keeps its own settings')
-    recipe = _one_setting(settings, kwargs.get('recipe', 'reference'))
+    recipe = _one_setting(settings)
     twice = [k for k in recipe if k in given]
     if twice: raise ValueError(f'{", ".join(twice)}: given twice, in settings={settings!r} too')
     recipe |= {k: options[k] for k in ('lr', 'mom') if k in given}
-    if not resume: run_settings(**kwargs, **recipe) # a mistake is told before the imports
+    if not resume: run_settings(**kwargs | recipe) # a mistake is told before the imports
 
     from mnist_block3.run import default_run_dir, read_settings, resume_run, run_files, train_run
     folder = Path(resume or out or default_run_dir()).expanduser()
     bar = sys.stdout is not None and sys.stdout.isatty()
     with _saying_how_to_resume(folder):
-        learn,folder = resume_run(folder, bar) if resume else train_run(folder, bar, **kwargs, **recipe)
+        learn,folder = resume_run(folder, bar) if resume else train_run(folder, bar, **kwargs | recipe)
     if not _is_first_process(): return
     if learn is None: return print(f'{folder} is finished: there is nothing left to do')
     print(f'\n{_report(learn, read_settings(folder)["settings"], target)}')
@@ -185,12 +181,9 @@ def block3_sweep(
     **kwargs
 ):
     "Train many times, and keep the results in tables; run the same command again to resume it"
-    names = recipes.split(',')
-    grids = _parse_settings(settings, names)
-    seeds = _parse_seeds(seeds)
+    runs = sweep_grid(recipes.split(','), _parse_seeds(seeds), _parse_settings(settings), **kwargs)
 
-    from mnist_block3.sweep import run_name, sweep, sweep_grid
-    runs = sweep_grid(names, seeds, grids, **kwargs)
+    from mnist_block3.sweep import run_name, sweep
     command = shlex.join(['block3_sweep', *sys.argv[1:]])
     try: study = sweep(runs, out, jobs, threads, retries, ray, address, command)
     except KeyboardInterrupt as e:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['protocols', 'recipes', 'recipe_epochs', 'resizes', 'reference_settings', 'tuned_settings', 'recipe_settings',
-           'check_folder', 'check_source', 'run_settings']
+           'check_folder', 'check_source', 'run_settings', 'sweep_grid']
 
 # %% ../nbs/01_settings.ipynb #b18f2ac2
-import glob, re
+import glob, itertools, re
 from inspect import signature
 from pathlib import Path
 from .basics import check_amount, check_choice, check_count, check_flag, check_rate, check_seed, check_share, check_size
@@ -128,3 +128,16 @@ def run_settings(
                size=size, resize=resize, flip=flip, device=device, n_train=n_train, bf16=bf16,
                reproducible=reproducible, fast=fast, also_reference=also_reference)
     return {k: v.item() if hasattr(v, 'item') else v for k,v in (run | settings).items()} # no numbers of NumPy
+
+# %% ../nbs/01_settings.ipynb #b724aebb
+def sweep_grid(
+    recipes=('reference',), # Names of recipes
+    seeds=range(5), # Seeds
+    settings:dict|list=None, # Values to try by setting, `{'lr': [0.01, 0.02]}`; or a list of such grids
+    **kwargs # More for `run_settings`, the same in all runs
+) -> list[dict]: # From `run_settings`
+    "All combinations of seeds, recipes and settings"
+    grids = settings if isinstance(settings, list) else [settings or {}]
+    choices = [dict(zip(grid, values)) for grid in grids for values in itertools.product(*grid.values())]
+    return [run_settings(**dict(recipe=recipe, seed=seed) | kwargs | choice)
+            for seed in seeds for recipe in recipes for choice in choices]
