@@ -42,9 +42,10 @@ def _runs_augment(tfm):
     return 'augment' in vars(owner) and not skips_batches
 
 # %% ../nbs/10_fast.ipynb #af73629a
-_batch_events = (
-    'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step',
-    'after_cancel_step', 'after_step', 'after_cancel_batch', 'after_batch', 'after_cancel_train', 'after_cancel_validate')
+_batch_events = ('before_batch', 'after_pred', 'after_loss',
+                 'before_backward', 'after_cancel_backward', 'after_backward',
+                 'before_step', 'after_cancel_step', 'after_step',
+                 'after_cancel_batch', 'after_batch', 'after_cancel_train', 'after_cancel_validate')
 _known_cbs = TrainEvalCallback,Recorder,ProgressCallback,CastToTensor
 
 def _event_of(cb, events):
@@ -132,7 +133,7 @@ def _why_not_evaluation(learn, fast_epoch):
 
 # %% ../nbs/10_fast.ipynb #43809183
 class FastEpoch(Callback):
-    "Run each epoch from index to SGD without callback events for its batches, where that gives the same result"
+    "Run each epoch by `Steps`, without callback events for its batches, where the result is the same"
     order = 61 # at 60 or less the progress bar fails
     _stateattrs = ('steps', 'signature', 'table')
     bar_seconds = 0.1
@@ -152,14 +153,15 @@ class FastEpoch(Callback):
         self.steps = None
         self.signature = None
         self.table = None
-        self.fused = None # the model for evaluation
+        self.fused = None # the model for evaluation, made of `fused_from`
         self.fused_from = None
-        self.took = False # whether this epoch, or its evaluation, ran here
+        self.ran_here = False # whether this epoch, or its evaluation, ran without fastai's loop
 
     def before_fit(self):
         self.forget()
-        self.said = set()
-        if self.bf16 and _is_cpu(self.learn): self.mixed_precision.autocast = torch.autocast('cpu', torch.bfloat16)
+        self.printed = set()
+        if not self.bf16 or not _is_cpu(self.learn): return
+        self.mixed_precision.autocast = torch.autocast('cpu', torch.bfloat16)
 
     def after_fit(self): self.forget()
 
@@ -179,26 +181,26 @@ def before_train(self:FastEpoch):
     if self.why: return self._leave_to_fastai()
     self.engine = self.steps.engine
     with kernel_threads(self.steps.fused): self._run()
-    self.took = True
+    self.ran_here = True
     raise CancelTrainException()
 
 @patch
 def before_validate(self:FastEpoch):
     if not self.on or _why_not_dl(self.dl) or _why_not_evaluation(self.learn, self): return
     self._evaluate(self.dl)
-    self.took = True
+    self.ran_here = True
     raise CancelValidException()
 
 # %% ../nbs/10_fast.ipynb #19cc1a11
 @patch
 def after_cancel_train(self:FastEpoch):
-    if self.took: self.recorder.cancel_train = False
-    self.took = False
+    if self.ran_here: self.recorder.cancel_train = False
+    self.ran_here = False
 
 @patch
 def after_cancel_validate(self:FastEpoch):
-    if self.took: self.recorder.cancel_valid = False
-    self.took = False
+    if self.ran_here: self.recorder.cancel_valid = False
+    self.ran_here = False
 
 # %% ../nbs/10_fast.ipynb #306942dd
 @patch
@@ -222,14 +224,14 @@ def _with_kernels(self:FastEpoch):
     "Whether the kernels can be used"
     if not self.use_kernels or not _is_cpu(self.learn) or self.bf16: return False
     why = why_no_kernels()
-    if why: self._say(f'The kernels for this CPU cannot be used: {why}')
+    if why: self._print_once(f'The kernels for this CPU cannot be used: {why}')
     return why is None
 
 @patch
-def _say(self:FastEpoch, line):
+def _print_once(self:FastEpoch, line):
     "Print `line` once a fit, unless the learner is silent"
-    if line in self.said or self.learn.logger is noop: return
-    self.said.add(line)
+    if line in self.printed or self.learn.logger is noop: return
+    self.printed.add(line)
     mbar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
     if isinstance(mbar, ConsoleMasterBar): print() # ends the line of the bar
     print(line)
@@ -239,30 +241,33 @@ def _say(self:FastEpoch, line):
 def _leave_to_fastai(self:FastEpoch):
     self.forget()
     self.engine = 'plain'
-    if self.on: self._say(f"Taking fastai's own training loop: {self.why}")
+    if self.on: self._print_once(f"Taking fastai's own training loop: {self.why}")
 
 # %% ../nbs/10_fast.ipynb #4d529bba
 _of_modules = vars(nn.Module()).keys() - {'training'} # their tensors and modules are compared by themselves
 
-def _own_attributes(o): return {k: v for k,v in vars(o).items() if k not in _of_modules}
+def _own_attributes(obj): return {k: v for k,v in vars(obj).items() if k not in _of_modules}
 
 def _signature(learn, options):
     "All that `Steps` takes for granted"
-    dl,loss,sgd = learn.dls.train,learn.loss_func,learn.opt.opt
+    dl = learn.dls.train
+    loss = learn.loss_func
+    sgd = learn.opt.opt
     objects = [dl.dataset.items, loss, loss.func, *learn.model.modules(), *dl.after_batch.fs]
     tensors = [*learn.model.parameters(), *learn.model.buffers(), *getattr(loss.func, 'buffers', list)()]
     bufs = [sgd.state.get(p, {}).get('momentum_buffer') for g in sgd.param_groups for p in g['params']]
     per_step = {'params', 'lr', 'initial_lr'} | ({'momentum'} if options['sched_mom'] else set())
     groups = [{k: v for k,v in g.items() if k not in per_step} | dict(params=[id(p) for p in g['params']])
               for g in sgd.param_groups]
-    return (options, dl.bs, dl.n, dl.drop_last, groups, [(id(o), fixed(_own_attributes(o))) for o in objects],
+    return (options, dl.bs, dl.n, dl.drop_last, groups,
+            [(id(obj), fixed(_own_attributes(obj))) for obj in objects],
             [(t.data_ptr(), t.stride(), t.requires_grad) for t in tensors],
             [buf is not None and buf.data_ptr() for buf in bufs])
 
-# %% ../nbs/10_fast.ipynb #89564578
+# %% ../nbs/10_fast.ipynb #19efa8d8
 @patch
 def _prepare(self:FastEpoch):
-    "Have `steps` and the epoch's `table`; why not, or `None`"
+    "Make `steps` and the epoch's `table` ready; returns why this fails, or `None`"
     dl = self.dls.train
     dl.before_iter()
     try:
@@ -296,26 +301,27 @@ def epoch_schedule(
 @patch
 def _run(self:FastEpoch):
     "Take all steps of an epoch"
-    dl,steps = self.dls.train,self.steps
+    dl = self.dls.train
+    steps = self.steps
     pbar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
     dl.randomize()
     steps.start(dl.get_idxs(), self.table['lr'], self.table['mom'])
     self.learn.n_iter = steps.n_steps
-    self.n_told = 0
+    self.n_recorded = 0
     shown = time.perf_counter()
     for i in range(steps.n_steps):
         steps(i)
         if pbar is None or time.perf_counter() - shown < self.bar_seconds: continue
-        self._tell(i+1)
+        self._record(i+1)
         pbar.update(i+1)
         pbar.comment = f'{self.smooth_loss.item():.4f}'
         shown = time.perf_counter()
-    self._tell(steps.n_steps)
-    self._tell_counts()
+    self._record(steps.n_steps)
+    self._pass_counts()
 
 @patch
-def _tell_counts(self:FastEpoch):
-    "Tell the callbacks how many images were right, where labels and predictions can be compared"
+def _pass_counts(self:FastEpoch):
+    "Pass the number of images classified right to the callbacks that ask for it"
     steps = self.steps
     n_seen = steps.n_full*steps.bs + steps.n_rest if steps.counts_right else 0
     for cb in self.learn.cbs.sorted('order'):
@@ -323,13 +329,13 @@ def _tell_counts(self:FastEpoch):
 
 # %% ../nbs/10_fast.ipynb #29471273
 @patch
-def _tell(self:FastEpoch, n):
-    "Hand over what the first `n` steps have left, as far as it is new"
+def _record(self:FastEpoch, n):
+    "Record what is new of the first `n` steps, where fastai's loop records it"
     learn = self.learn
-    new = slice(self.n_told, n)
+    new = slice(self.n_recorded, n)
     losses = self.steps.losses[new].tolist()
     if not losses: return
-    self._tell_losses(losses)
+    self._record_losses(losses)
     self.recorder.lrs += self.table['lr'][new,-1].tolist()
     for cb in schedulers(learn):
         for k in cb.scheds: cb.hps[k] += self.table[k][new,-1].tolist()
@@ -339,11 +345,11 @@ def _tell(self:FastEpoch, n):
     learn.iter = n - 1
     learn.train_iter += len(losses)
     learn.pct_train += len(losses)/(self.steps.n_steps*self.n_epoch)
-    self.n_told = n
+    self.n_recorded = n
 
 # %% ../nbs/10_fast.ipynb #509e7e38
 @patch
-def _tell_losses(self:FastEpoch, losses):
+def _record_losses(self:FastEpoch, losses):
     "Smooth `losses` as fastai's `AvgSmoothLoss` does, in the float32 that it keeps"
     metric = self.recorder.smooth_loss
     beta = metric.beta

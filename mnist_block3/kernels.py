@@ -152,13 +152,13 @@ def _pair(size): return size if isinstance(size, tuple) else (size,size)
 # %% ../nbs/08_kernels.ipynb #c391a2ca
 @patch
 def params(self:Op):
-    "Weight, bias, gamma and beta; `None` for what there is not"
+    "Weight, bias, gamma and beta; `None` for each that the layers lack"
     of_norm = [self.norm.weight, self.norm.bias] if self.norm else [None, None]
     return [self.conv.weight, self.conv.bias, *of_norm]
 
 @patch
 def running(self:Op):
-    "Running mean and variance; `None` for what there is not"
+    "Running mean and variance; `None` for each that the layers lack"
     return [self.norm.running_mean, self.norm.running_var] if self.norm else [None, None]
 
 # %% ../nbs/08_kernels.ipynb #37f5466c
@@ -282,7 +282,7 @@ def masks(self:Run,
 # %% ../nbs/08_kernels.ipynb #735f6340
 @patch
 def launch(self:Run, plan, x, params, keep):
-    "The forward pass: what becomes of images `x`, and the `_Batch`; `keep` what the backward pass needs"
+    "The forward pass: the output for images `x`, and the `_Batch`; `keep` what the backward pass needs"
     norms = [op.norm for op in self.ops if op.norm and op.norm.training]
     counts = [norm.num_batches_tracked for norm in norms if norm.track_running_stats]
     if counts: torch._foreach_add_(counts, 1)
@@ -295,7 +295,7 @@ def launch(self:Run, plan, x, params, keep):
     threads = _threads or torch.get_num_threads()
     arrays = map(ctypes.addressof, (tensors, masks, rates))
     batch.call = _Call(len(x), threads, x.data_ptr(), out.data_ptr(), *arrays)
-    if x.requires_grad: batch.call.g_x = x.data_ptr() # not null: the backward pass will want it
+    if x.requires_grad: batch.call.g_x = x.data_ptr() # not null: the gradient of `x` is wanted too
     batch.kept = x, params, masks, rates, tensors
     plan.lib.run_forward(batch.buffers.run, ctypes.byref(batch.call), keep)
     return out, batch
@@ -428,25 +428,26 @@ class PythonState:
     def __init__(self,
         *objects, # Modules, with all modules in them, or other objects
     ):
-        parts = [part for o in objects for part in (o.modules() if isinstance(o, nn.Module) else [o])]
+        parts = [part for obj in objects for part in (obj.modules() if isinstance(obj, nn.Module) else [obj])]
         self.objects = [part for part in parts if hasattr(part, '__dict__')]
-        self.attrs = [{k: (v, _content(v)) for k,v in vars(o).items()} for o in self.objects]
-        values = [v for o in self.objects for v in [*getattr(o, '_buffers', {}).values(), *vars(o).values()]]
+        self.attrs = [{k: (v, _content(v)) for k,v in vars(obj).items()} for obj in self.objects]
+        values = [v for obj in self.objects
+                  for v in [*getattr(obj, '_buffers', {}).values(), *vars(obj).values()]]
         self.tensors = [(v, v.clone()) for v in values if isinstance(v, torch.Tensor)]
         self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.seen = self._look()
 
     def _look(self):
-        values = [{k: fixed(v, _pickled) for k,v in vars(o).items()} for o in self.objects]
+        values = [{k: fixed(v, _pickled) for k,v in vars(obj).items()} for obj in self.objects]
         return values, random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
 
     def unchanged(self): return self.seen == self._look()
 
     def restore(self):
-        for o,attrs in zip(self.objects, self.attrs):
-            for k in vars(o).keys() - attrs.keys(): del vars(o)[k]
+        for obj,attrs in zip(self.objects, self.attrs):
+            for k in vars(obj).keys() - attrs.keys(): del vars(obj)[k]
             for k,(v,content) in attrs.items():
-                vars(o)[k] = v
+                vars(obj)[k] = v
                 if content is not None: _refill(v, content)
         for t,value in self.tensors:
             if not torch.equal(t, value): t.copy_(value)

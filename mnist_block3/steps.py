@@ -61,8 +61,11 @@ class SGDGroup:
         mom:torch.Tensor=None, # Scheduled momentum, a scalar; `None`: the group's own
     ):
         "Move the weights that have a gradient, and drop the gradients"
+        if mom is None: mom = self.mom
         used = [(p, p.grad, buf) for p,buf in zip(self.params, self.bufs) if p.grad is not None]
-        if used: sgd_step(*map(list, zip(*used)), lr, self.mom if mom is None else mom, self.wd, self.nesterov)
+        if used:
+            params,grads,bufs = map(list, zip(*used))
+            sgd_step(params, grads, bufs, lr, mom, self.wd, self.nesterov)
         for p in self.params: p.grad = None
 
 # %% ../nbs/09_steps.ipynb #98ac5893
@@ -95,7 +98,7 @@ class Steps:
         return 'graph' if self.graph else 'eager' if self.fused is self.model else 'kernels'
 
 # %% ../nbs/09_steps.ipynb #2e11fc85
-images_ahead = dict(cpu=256, cuda=2048) # images prepared at once; on a CPU more do not fit into a core's cache
+images_ahead = dict(cpu=256, cuda=2048) # images prepared at once; on a CPU more do not fit into the cache
 
 @patch
 def _allocate(self:Steps, n, drop_last):
@@ -110,7 +113,7 @@ def _allocate(self:Steps, n, drop_last):
     self.at = zeros(1, dtype=torch.long)
     self.losses = zeros(self.n_steps)
     self.n_right = zeros((), dtype=torch.long)
-    rate_dtype = torch.float32 if self.device.type == 'cuda' else torch.float64 # what the fused SGD of each reads
+    rate_dtype = torch.float32 if self.device.type == 'cuda' else torch.float64 # as the fused SGD reads it
     self.lrs = zeros(self.n_steps, len(self.groups), dtype=rate_dtype)
     self.moms = torch.zeros_like(self.lrs)
 
@@ -124,7 +127,7 @@ def fill(self:Steps):
     "Prepare images and labels of the next `n_ahead` steps"
     idxs = self.order.index_select(0, self.at//self.n_ahead)[0]
     x,y = self.data.batch(idxs)
-    for f in self.tfms: x = f(x)
+    for tfm in self.tfms: x = tfm(x)
     x = x.view(self.n_ahead, self.bs, *x.shape[1:])
     y = y.view(self.n_ahead, self.bs)
     if self.x is None:
@@ -166,7 +169,7 @@ def start(self:Steps,
     lrs, # Learning rates, (n_steps, groups)
     moms, # Momentum, (n_steps, groups)
 ):
-    "Set what an epoch needs"
+    "Set the order of the images and the schedules of an epoch"
     order = torch.as_tensor(order)[:self.order.numel()] # without a short batch that is left out
     self.order.view(-1)[:len(order)] = order
     self.lrs.copy_(torch.as_tensor(lrs, dtype=self.lrs.dtype))
@@ -189,7 +192,7 @@ def _launch(self:Steps, part):
 
 @patch(as_prop=True)
 def parts(self:Steps):
-    "What an epoch is made of"
+    "The functions that an epoch calls, by name"
     parts = dict(fill=self.fill, full=partial(self.step, self.bs), rest=partial(self.step, self.n_rest))
     sizes = dict(fill=self.n_steps, full=self.n_full, rest=self.n_rest)
     return {name: part for name,part in parts.items() if sizes[name]}
@@ -198,14 +201,14 @@ def parts(self:Steps):
 @patch
 @contextmanager
 def undone(self:Steps):
-    "Put everything back at the end that steps change"
+    "Restore at the end everything that steps change"
     bufs = [buf for group in self.groups for buf in group.bufs if buf is not None]
     loss = getattr(self.loss_func, 'func', self.loss_func)
     modules = [self.model, loss] if isinstance(loss, nn.Module) else [self.model]
     buffers = [b for m in modules for b in m.buffers()]
     tensors = [*self.model.parameters(), *buffers, *bufs, self.losses, self.n_right, self.at]
     kept = [t.detach().clone() for t in tensors]
-    owners = [f.__self__ for f in self.tfms if hasattr(f, '__self__')]
+    owners = [tfm.__self__ for tfm in self.tfms if hasattr(tfm, '__self__')]
     python = PythonState(*modules, self.loss_func, *owners)
     cuda = [self.device] if self.device.type == 'cuda' else []
     with torch.random.fork_rng(cuda):
