@@ -13,7 +13,7 @@ from pathlib import Path
 import fastcore
 import numpy as np
 import torch
-from fastcore.basics import chunked, Inf, store_attr
+from fastcore.basics import chunked, Inf, patch, store_attr
 from fastcore.meta import delegates
 from fasttransform import Transform
 from packaging.version import Version
@@ -51,7 +51,8 @@ def get_images(
     check_choice('valid', valid, protocols)
     train,test = load_digits(source)
     if valid == 'test' and not len(test):
-        raise ValueError(f"{source} has no test images with labels: valid='holdout' evaluates on the last 10,000 training images")
+        raise ValueError(f"{source} has no test images with labels: valid='holdout' evaluates on "
+                         'the last 10,000 training images')
     if valid == 'holdout':
         if len(train) <= n_holdout:
             raise ValueError(f"valid='holdout' needs over {n_holdout:,} training images, "
@@ -134,38 +135,43 @@ class ImagesDL(TfmdDL):
         elif self.shard == (0,1): yield from super().create_batches(samps)
         else: yield from (self.do_batch([self.do_item(i) for i in idxs]) for idxs in shares)
 
-    def _share(self, idxs):
-        "This process's part of a batch, never empty, so that all processes take each step"
-        rank,n = self.shard
-        return idxs[rank::n] or idxs[:1]
-
-    def take(self,
-        idxs:list, # Which items
-    ) -> tuple: # uint8 images (B, C, H, W), and int64 labels (B,) if there are any
-        "The batch of items `idxs`, before batch transforms"
-        items = self.dataset.items
-        idxs = torch.as_tensor(idxs, device=items.device)
-        x,y = items.batch(idxs)
-        x = TensorImageBW(x) if items.spec.n_in == 1 else TensorImage(x)
-        return (x, TensorCategory(y))[:len(self.dataset.tls)]
-
     def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
         "Show some items, or with `unique` one of them under different random transforms"
         if self.spec.resize: kwargs = dict(cmap='gray') | kwargs # fastai's own colours make a negative
-        if unique and b is None: b = self.new(get_idxs=lambda: Inf.zeros).one_batch() # fastai's would change `self`
+        if unique and b is None: # fastai's own way would change `self`
+            b = self.new(get_idxs=lambda: Inf.zeros).one_batch()
         return super().show_batch(b, max_n, ctxs, show, **kwargs)
-
-    def get_idxs(self):
-        idxs = np.arange(self.n) # fastai's list of numbers takes 10 times as long
-        return self.shuffle_fn(idxs) if self.shuffle else idxs
-
-    def shuffle_fn(self, idxs):
-        rng = np.random.default_rng(self.rng.getrandbits(64)) # fastai's `rng.sample` takes several times as long
-        return rng.permutation(idxs)
 
     def to_detach(self, b, cpu=True, gather=True):
         "Without `gather`: no other process has a part of `b`"
         return to_detach(b, cpu, gather=False)
+
+# %% ../nbs/05_data.ipynb #87bebdae
+@patch
+def take(self:ImagesDL,
+    idxs:list, # Which items
+) -> tuple: # uint8 images (B, C, H, W), and int64 labels (B,) if there are any
+    "The batch of items `idxs`, before batch transforms"
+    items = self.dataset.items
+    idxs = torch.as_tensor(idxs, device=items.device)
+    x,y = items.batch(idxs)
+    x = TensorImageBW(x) if items.spec.n_in == 1 else TensorImage(x)
+    return (x, TensorCategory(y))[:len(self.dataset.tls)]
+
+@patch
+def _share(self:ImagesDL, idxs):
+    "This process's part of a batch, never empty, so that all processes take each step"
+    rank,n = self.shard
+    return idxs[rank::n] or idxs[:1]
+
+# %% ../nbs/05_data.ipynb #dd0743bd
+@patch
+def get_idxs(self:ImagesDL):
+    idxs = np.arange(self.n)
+    return self.shuffle_fn(idxs) if self.shuffle else idxs
+
+@patch
+def shuffle_fn(self:ImagesDL, idxs): return np.random.default_rng(self.rng.getrandbits(64)).permutation(idxs)
 
 # %% ../nbs/05_data.ipynb #4bdf5315
 class _ForEachImage(RandTransform):
@@ -277,7 +283,7 @@ def get_device(
 # %% ../nbs/05_data.ipynb #39b7f685
 @delegates(mnist_block)
 def mnist_dls(
-    source:str|Path=None, # Folder or file of a data set in MNIST's form, see `load_digits`; `None`: the bundled MNIST
+    source:str|Path=None, # Folder or file of a data set, as in `load_digits`; `None`: the bundled MNIST
     bs:int=64, # Training images a step
     valid:str='test', # Evaluation protocol: 'test', 'holdout' or 'reference'
     device:str|torch.device=None, # Where images live and the model trains; `None`: the GPU if there is one

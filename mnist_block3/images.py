@@ -84,9 +84,10 @@ def _check_table(table, folder):
     counts = table.label.value_counts()
     names = sorted(counts.index)
     if len(names) < 2: raise ValueError(f'{folder} has one class only, {names[0]!r}. {_layouts}')
-    alike = {}
+    seen = {}
     for name in names:
-        other = alike.setdefault(unicodedata.normalize('NFC', name.strip().casefold()), name)
+        plain = unicodedata.normalize('NFC', name.strip().casefold())
+        other = seen.setdefault(plain, name)
         if other == name: continue
         raise ValueError(f'{folder}: the classes {other!r} and {name!r} differ only by case, spaces '
                          'or the encoding of a letter')
@@ -139,7 +140,7 @@ def _deal_splits(table, valid=0.2, seed=42, n_train=None):
     return train.tolist(), evaluation.tolist()
 
 # %% ../nbs/06_images.ipynb #32eab7b7
-def _read(spec, path):
+def _read_picture(spec, path):
     "The pixels of a picture, or the error that says why there are none"
     try: pixels = spec.read(path)
     except (OSError, ValueError) as e: return e
@@ -154,7 +155,7 @@ def _read_pictures(paths, spec):
     if len(paths) > 2000: starts = progress_bar(starts, leave=False)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in starts:
-            results = pool.map(lambda path: _read(spec, path), paths[start:start+500])
+            results = pool.map(lambda path: _read_picture(spec, path), paths[start:start+500])
             for i,result in enumerate(results, start):
                 if isinstance(result, Exception): errors[i] = result
                 else: images[i] = torch.from_numpy(result)
@@ -177,17 +178,17 @@ def _memory(device):
     return os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else math.inf
 
 def _fits(n, spec, device):
-    "Whether `n` images fit; says so where they do not"
+    "Whether `n` images fit in the memory; prints a line if they do not"
     n_bytes = n*spec.n_in*spec.size**2
     if n_bytes <= _memory(device)/4: return True
     print(f'{n:,} images of {spec.size}×{spec.size} pixels take {n_bytes/1e9:.1f} GB, more than a quarter '
           'of the memory: each is read anew for every batch, which is slower')
 
 # %% ../nbs/06_images.ipynb #135480bc
-def _tell_bad(errors, n, skip_bad):
+def _report_bad(errors, n, skip_bad):
     "Print which of `n` pictures cannot be used; without `skip_bad` raise `ValueError`"
-    lines = [f'{len(errors)} of {n} pictures cannot be used:', *map(str, errors.values())]
-    if len(errors) > 5: lines[6:] = [f'and {len(errors) - 5} more']
+    lines = [f'{len(errors)} of {n} pictures cannot be used:', *map(str, list(errors.values())[:5])]
+    if len(errors) > 5: lines.append(f'and {len(errors) - 5} more')
     if not skip_bad: raise ValueError('\n'.join([*lines, 'skip_bad=True leaves such pictures out']))
     print('\n'.join(lines))
 
@@ -195,7 +196,7 @@ def _get_pictures(table, spec, colour=None, skip_bad=False, **splitting):
     "The pictures of `table` as `Images` with `splits`; their spec has mean and standard deviation"
     images,errors = _read_pictures(table.path.tolist(), spec)
     if errors:
-        _tell_bad(errors, len(table), skip_bad)
+        _report_bad(errors, len(table), skip_bad)
         table = table.drop(index=list(errors))
         images = images[table.index.tolist()]
         gone = set(spec.vocab) - set(table.label)
@@ -212,8 +213,14 @@ def _read_later(table, spec, seed, **splitting):
     splits = _deal_splits(table, seed=seed, **splitting)
     some = np.random.default_rng(seed).permutation(splits[0])[:500]
     images,errors = _read_pictures(table.path[some].tolist(), spec)
-    if errors: _tell_bad(errors, len(some), skip_bad=False)
+    if errors: _report_bad(errors, len(some), skip_bad=False)
     return list(zip(table.path, table.label)), splits, replace(spec, **_mean_std(images.numpy()))
+
+# %% ../nbs/06_images.ipynb #a9bf2073
+def _check_valid(valid):
+    if valid in protocols or isinstance(valid, float) and 0 < valid < 1: return
+    names = ', '.join(protocols)
+    raise ValueError(f'valid={valid!r}: valid is a share above 0 and below 1, or one of {names}')
 
 def image_dls(
     folder:str|Path, # Folder with a folder for each class, or with `train/`, `valid/`, `test/` of such
@@ -242,20 +249,19 @@ def image_dls(
     check_flag(flip=flip, skip_bad=skip_bad)
     check_choice('colour', colour, (None, True, False))
     check_choice('resize', resize, resizes)
-    if valid not in protocols and not (isinstance(valid, float) and 0 < valid < 1):
-        names = ', '.join(protocols)
-        raise ValueError(f'valid={valid!r}: valid is a share above 0 and below 1, or one of {names}')
+    _check_valid(valid)
     device = get_device(device)
     table = _picture_table(folder, labels, fn_col, label_col, valid_col)
     n_in = 1 if colour is False else 3
     spec = PictureSpec(tuple(sorted(table.label.unique())), size, resize, (0.,)*n_in, (1.,)*n_in)
     tfms = [CropRotate(pad_mode=spec.pad_mode)] if aug_tfms is None else aug_tfms
-    how = dict(aug_tfms=[Mirror()]*flip + list(tfms), item_tfms=item_tfms, augment_valid=valid == 'reference')
-    loading = dict(bs=bs, val_bs=val_bs, device=device)
+    if flip: tfms = [Mirror(), *tfms]
+    block_args = dict(aug_tfms=tfms, item_tfms=item_tfms, augment_valid=valid == 'reference')
+    dl_args = dict(bs=bs, val_bs=val_bs, device=device)
     splitting = dict(valid=valid, seed=seed, n_train=n_train)
     if _fits(len(table), spec, device):
         images = _get_pictures(table, spec, colour, skip_bad, **splitting)
-        return image_block(images.spec, **how).dataloaders(images, **loading)
+        return image_block(images.spec, **block_args).dataloaders(images, **dl_args)
     items,splits,spec = _read_later(table, spec, **splitting)
-    block = image_block(spec, splitter=lambda _: splits, **how)
-    return block.dataloaders(items, num_workers=min(16, os.cpu_count()), **loading)
+    block = image_block(spec, splitter=lambda _: splits, **block_args)
+    return block.dataloaders(items, num_workers=min(16, os.cpu_count()), **dl_args)

@@ -65,7 +65,8 @@ def read_idx(
     n_head = 4*(2 + len(shape))
     dims = _idx_dims(path, _unpacked(path, raw, n_head), shape, 12 if ints else 8)
     n = math.prod(dims)*(4 if ints else 1)
-    promise = f'{path} promises {times(dims + [4]*ints)} bytes after its header'
+    sizes = [*dims, 4] if ints else dims
+    promise = f'{path} promises {times(sizes)} bytes after its header'
     if n > max(100*len(raw), 100_000_000): raise ValueError(f'{promise}, more than 100 times its size')
     body = _unpacked(path, raw, n_head + n + 1)[n_head:]
     if len(body) != n: raise ValueError(f'{promise}, but has {"more" if len(body) > n else len(body)}')
@@ -137,7 +138,9 @@ def _data_sets(folder, depth=3):
         subfolders[:] = sorted(name for name in subfolders if name[0] != '.' and not (is_deepest or pictures))
         for path in sorted(parent/name for name in names if name[0] != '.'):
             if not (described := _described(path)): continue
-            found.setdefault(described[:3], {}).setdefault(described[3:], []).append(path)
+            *data_set,split,content = described
+            files = found.setdefault(tuple(data_set), {})
+            files.setdefault((split, content), []).append(path)
     return found
 
 # %% ../nbs/04_sources.ipynb #913fc444
@@ -159,8 +162,9 @@ def _unreadable(source):
     "The error for a `source` that is no data set"
     if source.is_file():
         return ValueError(f'{source} is no file of a data set; unpack archives first. {_accepted}')
-    folder,subject = (source, 'it') if source.is_dir() else (source.parent, source.parent)
-    return FileNotFoundError(f'{source} is no data set: {subject} holds {_some_names(folder)}. {_accepted}')
+    if source.is_dir(): holds = f'it holds {_some_names(source)}'
+    else: holds = f'{source.parent} holds {_some_names(source.parent)}'
+    return FileNotFoundError(f'{source} is no data set: {holds}. {_accepted}')
 
 # %% ../nbs/04_sources.ipynb #54b51174
 def _found_at(source):
@@ -224,7 +228,7 @@ def _classes(folder, name):
 
 # %% ../nbs/04_sources.ipynb #057a2755
 @contextmanager
-def _named(path):
+def _naming(path):
     try: yield
     except Exception as e: raise ValueError(f'{path} cannot be read: {e}') from e
 
@@ -287,7 +291,7 @@ def _read_image_split(folder):
 # %% ../nbs/04_sources.ipynb #86b67494
 def _read_csv(path):
     "The images and labels of a CSV file, or `None` where it has no labels"
-    with _named(path), open(path, encoding='utf-8-sig') as file:
+    with _naming(path), open(path, encoding='utf-8-sig') as file:
         head = next(csv.reader(file), [])
         if len(head) == 784: return None
         if len(head) != 785:
@@ -309,7 +313,7 @@ def _array(path, arrays, name):
 
 def _read_npz(path, split='train'):
     "The images and labels of `split` in an .npz file, or `None` where it has none"
-    with _named(path), np.load(path, allow_pickle=False) as arrays:
+    with _naming(path), np.load(path, allow_pickle=False) as arrays:
         names = f'x_{split}', f'y_{split}'
         if split == 'test' and not set(names) & set(arrays.files): return None
         x,y = [_array(path, arrays, name) for name in names]
@@ -317,9 +321,9 @@ def _read_npz(path, split='train'):
 
 def _read_arrays(image_file, label_file):
     "The images and labels of two .npz files of one array each"
-    with _named(image_file), np.load(image_file, allow_pickle=False) as arrays:
+    with _naming(image_file), np.load(image_file, allow_pickle=False) as arrays:
         x = _as_pixels(_array(image_file, arrays, 'arr_0'))
-    with _named(label_file), np.load(label_file, allow_pickle=False) as arrays:
+    with _naming(label_file), np.load(label_file, allow_pickle=False) as arrays:
         return x, _as_labels(_array(label_file, arrays, 'arr_0'))
 
 # %% ../nbs/04_sources.ipynb #ec71ab30
@@ -329,7 +333,7 @@ def _read_parquet(path):
     except ImportError: __version__ = '0'
     if int(__version__.split('.')[0]) < 15: # older ones may unpickle
         raise ImportError(f'Reading {path} needs pyarrow 15 or newer: pip install --upgrade pyarrow')
-    with _named(path), parquet.ParquetFile(path) as file:
+    with _naming(path), parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if not {'image', 'label'} <= set(names):
             raise ValueError(f'it has the columns {", ".join(names)}, not image and label')
@@ -337,12 +341,12 @@ def _read_parquet(path):
         pixels = [_read_image(image['bytes']) for image in table['image'].to_pylist()]
         return _as_pixels(np.stack(pixels)), _as_labels(table['label'].to_numpy())
 
-# %% ../nbs/04_sources.ipynb #c6cc54c9
+# %% ../nbs/04_sources.ipynb #db9d721b
 _readers = dict(idx=_read_idx_split, pictures=_read_image_split, csv=_read_csv, arrays=_read_arrays,
                 parquet=_read_parquet, npz=_read_npz)
 
 def _pair(paths):
-    "The files of images and of labels to read, of those that there are"
+    "The file of images and the file of labels to read: of each the plainest"
     for content,other in (('images','labels'), ('labels','images')):
         if content not in paths: raise FileNotFoundError(f'{paths[other][0]} has no {content} beside it')
     return [_plainest(paths[content]) for content in ('images', 'labels')]
@@ -353,7 +357,7 @@ def _read_split(kind, files, split, vocab, first):
     if kind == 'npz': # one file for both splits
         read = partial(_read_npz, split=split)
         split = 'train'
-    paths = {content: paths for (of,content),paths in files.items() if of == split}
+    paths = {content: paths for (part,content),paths in files.items() if part == split}
     if 'all' in paths: groups = [[path] for path in paths['all']]
     else: groups = [_pair(paths)] if paths else []
     parts = [(read(*group), group) for group in groups]
