@@ -32,7 +32,7 @@ def _random_state(dls):
 
 def _rng_tuple(state):
     version,numbers,gauss = state
-    return version, tuple(numbers), gauss # JSON made a list of it
+    return version, tuple(numbers), gauss # in a file, JSON makes a list of the numbers
 
 def _set_random_state(dls, state):
     "Continue all generators from `state`"
@@ -60,10 +60,10 @@ def _fit_state(learn):
 
 # %% ../nbs/13_checkpoint.ipynb #aec0f66c
 def _set_fit_state(learn, state):
-    "Continue `learn` from where another fit stood"
+    "Set `learn` to the `state` of another fit"
     get_model(learn.model).load_state_dict(state['model'])
     opt = state['opt']
-    if isinstance(learn.opt, Optimizer): opt = to_device(opt, learn.dls.device) # fastai's own does not do that
+    if isinstance(learn.opt, Optimizer): opt = to_device(opt, learn.dls.device) # torch's does this itself
     learn.opt.load_state_dict(opt)
     _set_random_state(learn.dls, state['random'])
     learn.recorder.losses = list(state['losses'].unbind())
@@ -140,7 +140,7 @@ class Checkpoint(Callback):
         if self.resume and self.file.is_file(): self.read()
 
     def is_no_fit(self):
-        "Whether the events are those of an evaluation or of `lr_find`"
+        "Whether these events come from an evaluation or from `lr_find`"
         return self.learn.lock.locked() or hasattr(self.learn, 'lr_finder')
 
 # %% ../nbs/13_checkpoint.ipynb #05580db9

@@ -6,7 +6,7 @@
 __all__ = ['join_processes', 'from_first', 'DataParallelTrainer']
 
 # %% ../nbs/14_distributed.ipynb #296b109e
-import atexit
+import atexit, math
 from datetime import timedelta
 import torch
 from torch import distributed
@@ -39,17 +39,21 @@ def from_first(
     return values[0]
 
 def _gather(rows, n_batch):
-    "The rows of all processes in the order of the batch, which has `n_batch`"
+    "The `n_batch` rows of a batch, from the share `rows` of each process"
     n_processes = distributed.get_world_size()
-    mine = rows.new_zeros(-(-n_batch//n_processes), *rows.shape[1:])
+    mine = rows.new_zeros(math.ceil(n_batch/n_processes), *rows.shape[1:]) # the same size in all processes
     mine[:len(rows)] = rows.detach()
-    parts = [torch.empty_like(mine) for _ in range(n_processes)]
-    distributed.all_gather(parts, mine)
-    return torch.stack(parts, 1).flatten(0, 1)[:n_batch]
+    shares = [torch.empty_like(mine) for _ in range(n_processes)]
+    distributed.all_gather(shares, mine)
+    return _in_batch_order(shares, n_batch)
 
-# %% ../nbs/14_distributed.ipynb #79c7043f
+def _in_batch_order(shares, n_batch):
+    "The rows of a batch, which the processes have in turn"
+    return torch.stack(shares, dim=1).flatten(0, 1)[:n_batch]
+
+# %% ../nbs/14_distributed.ipynb #ffb58e9d
 class DataParallelTrainer(DistributedTrainer):
-    "Have each process train on its share of each batch, and put predictions and loss of the batch together"
+    "Train on this process's share of each batch; gather the predictions and the loss of the whole batch"
     def __init__(self,
         sync_bn=True, # Let BatchNorm see the whole batch with `nn.SyncBatchNorm`, on GPUs
         **kwargs # More for `Accelerator`
@@ -87,21 +91,21 @@ class DataParallelTrainer(DistributedTrainer):
     @property
     def n_batch(self): return min(self.dl.bs, self.dl.n - self.iter*self.dl.bs)
 
-    def _put_together(self):
+    def _gather_batch(self):
         self.learn.pred = _gather(self.pred, self.n_batch)
         self.learn.yb = tuple(_gather(y, self.n_batch) for y in self.yb)
 
     def after_pred(self):
-        if not self.training: self._put_together()
+        if not self.training: self._gather_batch()
 
     def after_loss(self):
         if not self.training: return
         rank,n_processes = self.dl.shard
-        part = len(range(rank, self.n_batch, n_processes))/self.n_batch
-        self.learn.loss_grad = self.loss_grad*n_processes*part
-        self.learn.loss = self.loss.detach()*part
+        share = len(range(rank, self.n_batch, n_processes))/self.n_batch
+        self.learn.loss_grad = self.loss_grad*n_processes*share
+        self.learn.loss = self.loss.detach()*share
         distributed.all_reduce(self.learn.loss)
-        self._put_together()
+        self._gather_batch()
 
     def after_fit(self):
         super().after_fit()
@@ -118,7 +122,7 @@ def to_distributed(self:Learner,
     sync_bn=True, # Let BatchNorm see the whole batch with `nn.SyncBatchNorm`, on GPUs
     **kwargs # More for `Accelerator`
 ):
-    "Add `DataParallelTrainer`, move all to this process's device, and show progress in the first one only"
+    "Add `DataParallelTrainer`, move data and model to this process's device; only the first shows progress"
     if torch.device(self.dls.device).type == 'cpu': kwargs = {'cpu': True} | kwargs
     cb = DataParallelTrainer(sync_bn, **kwargs)
     self.dls.to(cb.accelerator.device)

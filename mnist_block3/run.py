@@ -99,7 +99,7 @@ def _save_run(learn, folder, evaluated_on, **summary):
 # %% ../nbs/15_run.ipynb #3c3a8f93
 class EpochLines(Callback):
     "Print a line an epoch"
-    order = 60.2 # after `Checkpoint`: an epoch that is told is kept
+    order = 60.2 # after `Checkpoint`: an epoch that is printed is kept
     def __init__(self, evaluated_on:str='evaluation'): self.evaluated_on = evaluated_on
     def before_epoch(self): self.skipped = False
     def after_cancel_epoch(self): self.skipped = True # by `Checkpoint`
@@ -141,8 +141,8 @@ class JudgeAlso(Callback):
             return int(sum((self.model(xb).argmax(1) == yb).sum() for xb,yb in self.judged_dl))
 
 # %% ../nbs/15_run.ipynb #69597a41
-def _join(device):
-    "Be one of the processes that a launcher has started, where there are several"
+def _join_launcher(device):
+    "Join the processes of a launcher, if there are several"
     if num_distrib() < 2: return
     if torch.device(device or 'cpu').index is not None:
         raise ValueError(f'device={device!r}: each process takes a device of its own; leave the number out')
@@ -164,7 +164,7 @@ def _loaders(run):
 
 def _learner(run):
     "A learner as the settings `run` have it, in all processes of a launcher"
-    _join(run['device'])
+    _join_launcher(run['device'])
     set_seed(run['seed'])
     torch.backends.cudnn.deterministic = run['reproducible']
     dls = _loaders(run)
@@ -174,19 +174,21 @@ def _learner(run):
 
 def _recipe(run): return {k: run[k] for k in recipe_settings(run['recipe'])}
 
+# %% ../nbs/15_run.ipynb #099e8e8d
 def _fit(learn, run, checkpoint, bar):
     "Do what is left of the fit"
     cbs = [checkpoint]
     if run['also_reference']: cbs.append(JudgeAlso(learn.dls.train))
     if not rank_distrib(): cbs.append(EpochLines(run['valid']))
-    spread = learn.distrib_ctx() if num_distrib() > 1 else nullcontext()
-    with spread, nullcontext() if bar else learn.no_bar(), learn.no_logging():
+    processes = learn.distrib_ctx() if num_distrib() > 1 else nullcontext()
+    progress = nullcontext() if bar else learn.no_bar()
+    with processes, progress, learn.no_logging():
         if run['recipe'] == 'reference': learn.fit(run['epochs'], cbs=cbs)
         else: learn.fit_tuned(run['epochs'], cbs=cbs, **_recipe(run))
 
-# %% ../nbs/15_run.ipynb #af8ec28e
+# %% ../nbs/15_run.ipynb #9e0c391a
 def _finish(learn, folder, about, bar):
-    "Do what is left of a run; the first process writes its files"
+    "Do what is left of a run; the first process writes its files; `about` is the content of settings.json"
     run = about['settings']
     checkpoint = Checkpoint(folder/'checkpoint.safetensors', resume=True)
     if rank_distrib(): return _fit(learn, run, checkpoint, bar)
