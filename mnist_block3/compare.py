@@ -33,7 +33,7 @@ def _recorded(row):
     return {k: row[k] for k in names if k in row and pd.notna(row[k])}
 
 def _run_of_learner(learn, name):
-    "A learner as `_runs_in` has it"
+    "What `_runs_in` returns for a learner"
     curve = history(learn)
     if not len(curve): raise ValueError(f'{name or "a learner"} has no epochs: fit first')
     dl = learn.dls.train
@@ -45,7 +45,7 @@ def _run_of_learner(learn, name):
 # %% ../nbs/17_compare.ipynb #ee972f0b
 def _runs_in(given, name=None):
     "The runs in a learner, a run folder, a study, its rows, or a list: name, settings, results and history"
-    if isinstance(given, (list,tuple)): return [run for g in given for run in _runs_in(g, name)]
+    if isinstance(given, (list,tuple)): return [run for item in given for run in _runs_in(item, name)]
     if isinstance(given, Learner): return [_run_of_learner(given, name)]
     if isinstance(given, (str,Path)) and not (Path(given).expanduser()/'study.csv').is_file():
         curve,settings,results = read_run(given)
@@ -76,7 +76,7 @@ def _value_words(v):
     return f'{v:g}' if isinstance(v, float) else str(v)
 
 def _words(settings):
-    "Settings for people"
+    "Settings as a text for people"
     return ', '.join(str(v) if k == 'recipe' else f'{k} {_value_words(v)}' for k,v in settings.items())
 
 # %% ../nbs/17_compare.ipynb #ac1eb0d8
@@ -138,8 +138,8 @@ def compare(
     runs, # Learners, run folders, a study or its rows: one, a list, or a dictionary that names them
     measure:str='accuracy', # What the curves show: 'accuracy' or 'loss', of the evaluation
     ax=None, # Matplotlib axes for the curves; `None`: a new figure
-) -> pd.DataFrame: # For each run the settings that differ, accuracy in 0–1, correct, total, loss and seconds
-    "Plot the curves of runs, and return what differs between them and what came of it"
+) -> pd.DataFrame: # A row a run: settings that differ, accuracy in 0–1, correct, total, loss, seconds
+    "Plot the curves of runs, and return a table of the settings that differ and of the results"
     named = isinstance(runs, dict)
     given = runs.items() if named else [(None, runs)]
     found = [run for name,group in given for run in _runs_in(group, name)]
@@ -147,8 +147,8 @@ def compare(
     for i,run in enumerate(found, 1):
         if run['name'] is None: run['name'] = f'learner {i}'
     differing = _differing(found)
-    told = [k for k in differing if k != 'seed' or len(found) <= len(_colors)] # beyond, seeds share a name
-    names = [run['name'] if named else _legend_name(run, told) for run in found]
+    in_legend = [k for k in differing if k != 'seed' or len(found) <= len(_colors)]
+    names = [run['name'] if named else _legend_name(run, in_legend) for run in found]
     _plot_curves(found, names, measure, ax)
     rows = [{k: run['settings'].get(k) for k in differing} | run['results'] for run in found]
     return pd.DataFrame(rows, index=pd.Index([run['name'] for run in found], name='run'))
@@ -159,7 +159,7 @@ def _plot_values(ax, rows, k, measure):
     groups = rows.groupby(k, dropna=False)[measure]
     table = groups.agg(['mean', 'std', 'count'])
     places = np.arange(len(table))
-    xs = groups.ngroup() - 0.2 + 0.08*(groups.cumcount()%3) # few runs hide another
+    xs = groups.ngroup() - 0.2 + 0.08*(groups.cumcount()%3) # few points hide another
     ax.plot(xs, rows[measure], 'o', color=_colors[0], markersize=4, alpha=0.7, label='a run')
     ax.errorbar(places + 0.2, table['mean'], table['std'], fmt='ks', markersize=5, capsize=4,
                 label='mean ± standard deviation')
