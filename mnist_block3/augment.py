@@ -29,7 +29,7 @@ def _affine_coords(x, cos, sin, right, down):
     n,_,height,width = x.shape
     mat = torch.stack([cos, sin, right, -sin, cos, down], dim=1).view(n, 2, 3)
     unit = torch.eye(2, 3, dtype=x.dtype, device=x.device)[None]
-    grid = F.affine_grid(unit, (1,1,height,width), align_corners=False) # of one image, since making it takes time
+    grid = F.affine_grid(unit, (1,1,height,width), align_corners=False) # one for all images
     grid = F.pad(grid, (0,1), value=1.).view(1, -1, 3).expand(n, -1, -1)
     return torch.bmm(grid, mat.transpose(1, 2)).view(n, height, width, 2)
 
@@ -60,7 +60,7 @@ def _bend(arrows, size):
     "Shifts (B, size, size, 2) to add to sampling coordinates, from `arrows` (B, 2, G, G) in pixels"
     n = arrows.shape[-1]
     unit = torch.eye(n, dtype=arrows.dtype, device=arrows.device)
-    spread = F.interpolate(unit[None,None], size=(size,n), mode='bicubic', align_corners=True)[0,0] # (size, n)
+    spread = F.interpolate(unit[None,None], size=(size,n), mode='bicubic', align_corners=True)[0,0]
     across = (arrows*2/size) @ spread.T # (B, 2, n, size)
     field = spread @ across.permute(0, 2, 3, 1).flatten(2) # two matrix products cost a tenth of `interpolate`
     return field.view(len(arrows), size, size, 2)

@@ -31,7 +31,7 @@ subplots_once = partial(plt.subplots, FigureClass=_Figure, layout='constrained')
 # %% ../nbs/12_evaluate.ipynb #cd659db6
 def read_run(
     folder:str|Path, # Folder of a finished run
-) -> tuple[pd.DataFrame,dict,dict]: # History; settings; results: accuracy in 0–1, loss, correct, total, seconds
+) -> tuple[pd.DataFrame,dict,dict]: # History, settings, and results (accuracy in 0–1, time in seconds)
     "What a run left in its folder; raises `ValueError` where it has not finished, or a file is damaged"
     folder = Path(folder).expanduser()
     if not (folder/'summary.json').is_file():
@@ -49,7 +49,7 @@ def read_run(
 # %% ../nbs/12_evaluate.ipynb #a77ce8ab
 def plot_history(
     run:Learner|str|Path|pd.DataFrame, # A learner, the folder of a finished run, or a table like `history`'s
-    evaluated_on:str=None, # What evaluation curves are measured on; `None`: as the folder says, or "evaluation"
+    evaluated_on:str=None, # Name of the evaluation in titles; `None`: the folder's, or "evaluation"
 ) -> Figure: # 2×2: losses above, accuracies in percent below; only losses where there are no accuracies
     "Training and evaluation loss and accuracy by epoch"
     if isinstance(run, (str,Path)):

@@ -91,7 +91,7 @@ class History(Callback):
     def __init__(self): self.rows = []
     def before_fit(self):
         self.trained = False
-        self.told = False
+        self.warned = False
     def before_epoch(self): self.began = time.perf_counter()
 
     def before_train(self):
@@ -112,7 +112,7 @@ class History(Callback):
     def after_epoch(self):
         if self.trained:
             self.rows.append(self._row())
-            self._tell_useless(self.rows[-1].get('train_loss', 0.))
+            self._warn_useless(self.rows[-1].get('train_loss', 0.))
         self.trained = False
 
 # %% ../nbs/11_learner.ipynb #8b40d6f2
@@ -129,18 +129,18 @@ def _why_useless(loss, loss_func):
         return f'The training loss is {loss:.2g}, below 0: NLLLossFlat needs log-probabilities, not scores'
 
 @patch
-def _tell_useless(self:History, loss):
+def _warn_useless(self:History, loss):
     why = _why_useless(loss, self.loss_func)
-    if why and not self.told: print(why)
-    self.told = bool(why)
+    if why and not self.warned: print(why)
+    self.warned = bool(why)
 
 # %% ../nbs/11_learner.ipynb #a9b2dc5e
 @patch
 def _row(self:History):
     "The row of the epoch that has just ended"
     rec = self.recorder
-    names = rec.metric_names[1:]
-    if rec.cancel_train: names = names[1 + rec.train_metrics*len(rec.metrics):] # no training values
+    n_train = 1 + len(rec.metrics) if rec.train_metrics else 1 # training loss, and metrics if any
+    names = rec.metric_names[1 + n_train if rec.cancel_train else 1:]
     row = {'epoch': self.epoch+1, 'lr': self.opt.hypers[-1]['lr'], **dict(zip(names, rec.values[-1]))}
     if self.n_seen: row['train_accuracy'] = int(self.n_right)/self.n_seen
     if 'accuracy' in row: row['valid_accuracy'] = row.pop('accuracy')
@@ -155,7 +155,7 @@ def _row(self:History):
 # %% ../nbs/11_learner.ipynb #f90a6f3c
 def history(
     learn:Learner, # Made by `block3_learner`
-) -> pd.DataFrame: # A row an epoch, from 1 on: rate, losses, metrics, accuracies in 0–1, correct, total, seconds
+) -> pd.DataFrame: # A row an epoch from 1: rate, losses, metrics, accuracies in 0–1, correct, total, seconds
     "The epochs of the last `fit` of `learn`"
     if learn._grab_cbs(History): return pd.DataFrame(learn.history.rows)
     raise ValueError('This learner keeps no history: make it with block3_learner')
@@ -218,7 +218,7 @@ def _copied(model):
 
 @torch.no_grad()
 def _tried(model, dls):
-    "The outputs of `model` for some images, or `None` where it fails, as the fit will tell"
+    "The outputs of `model` for some images, or `None` where it fails: then the fit raises the error"
     x = _some_images(dls)
     try:
         twin = _copied(model).to(x.device).eval()
@@ -271,7 +271,7 @@ def block3_learner(
 # %% ../nbs/11_learner.ipynb #500137f0
 @contextmanager
 def _changed(changes):
-    "Within it each dict of `changes`, which are pairs, is updated by its dict of new values"
+    "Update each dict in `changes`, pairs of a dict and its new values; restore them at the end"
     old = [(d, {k: d[k] for k in new}) for d,new in changes]
     for d,new in changes: d.update(new)
     try: yield

@@ -57,8 +57,8 @@ class Block3(nn.Module):
 
     def _load_trained(self, n_in, n_out):
         if (n_in, n_out) != (1, 10):
-            raise ValueError(f'pretrained=True: the trained weights are for images of 1 channel in 10 classes, '
-                             f'not for {n_in} in {n_out}')
+            raise ValueError('pretrained=True: the trained weights are for images of 1 channel '
+                             f'in 10 classes, not for {n_in} in {n_out}')
         self.load_state_dict(load_file(weights_path))
 
     def forward(self, x):

@@ -26,7 +26,7 @@ from .model import Block3, safetensors_bytes, spec_of, weights_path
 from .picture import NoDigit, SeveralDigits, picture_files, PictureSpec
 
 # %% ../nbs/18_predict.ipynb #ea930e3b
-known_path = package_path/'known.safetensors' # what the digits of MNIST are like, for the weights of the package
+known_path = package_path/'known.safetensors' # statistics of MNIST's digits, for the weights of the package
 
 def load_block3(
     weights:str|Path=None, # Safetensors file or run folder; `None`: the weights of the package
@@ -65,7 +65,9 @@ def predict_digits(
     "The probability of each digit, or other class, for each image; raises `ValueError` for other arrays"
     spec = spec_of(model)
     x = _normalised(_checked(images, spec), spec)
-    if careful and hasattr(model, 'known'): return _careful(*with_channel_stats(model, x), model.known).numpy()
+    if careful and hasattr(model, 'known'):
+        logp,stats = with_channel_stats(model, x)
+        return _careful(logp, stats, model.known).numpy()
     if len(x) >= 10_000: model = fuse(model) # for fewer it does not pay to compile the kernels
     return model(x).exp().numpy()
 
@@ -122,7 +124,7 @@ def find_images(
     return [file for name in L(names) for file in _files(name)]
 
 # %% ../nbs/18_predict.ipynb #96c0b67e
-def _read(spec, file):
+def _read_picture(spec, file):
     "The picture in `file` as the network of `spec` takes it, or the error that says why there is none"
     try: return spec.read(file)
     except FileNotFoundError: return FileNotFoundError(f'{file} cannot be read: there is no such file')
@@ -135,11 +137,11 @@ def predict_files(
     model:nn.Module=None, # `None`: `load_block3()`
     bs:int=500, # Pictures a step
 ):
-    "Yield each file with its probabilities (classes,), or with the `OSError` or `ValueError` why there are none"
+    "Yield each file with its probabilities (classes,), or with its `OSError` or `ValueError`"
     if model is None: model = load_block3()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in chunked(L(files), bs):
-            images = list(pool.map(partial(_read, spec_of(model)), batch))
+            images = list(pool.map(partial(_read_picture, spec_of(model)), batch))
             read = [image for image in images if isinstance(image, np.ndarray)]
             probs = iter(predict_digits(model, np.stack(read), careful=True) if read else [])
             for file,image in zip(batch, images):
@@ -203,7 +205,7 @@ def _scale_shift(bn):
     return dict(scale=scale.detach().numpy(), shift=shift.detach().numpy())
 
 # %% ../nbs/18_predict.ipynb #31757d44
-def _as_json(a):
+def _array_as_json(a):
     "An array as its shape and its bytes, little-endian float32 in base64"
     return dict(shape=a.shape, data=base64.b64encode(a.astype('<f4').tobytes()).decode())
 
@@ -212,10 +214,11 @@ def browser_script(
 ) -> bytes: # JavaScript
     "A script that defines `block3`: mean, standard deviation, layers, and `known` where `model` has it"
     spec = spec_of(model)
-    if spec.resize: raise ValueError('js is for the page where you draw a digit, and this network reads no digits')
+    if spec.resize:
+        raise ValueError('js is for the page where you draw a digit, and this network reads no digits')
     known = {name: value.numpy() for name,value in getattr(model, 'known', {}).items()}
     content = dict(mean=spec.mean[0], std=spec.std[0], layers=browser_layers(model), known=known)
-    return f'const block3 = {json.dumps(content, default=_as_json)};\n'.encode()
+    return f'const block3 = {json.dumps(content, default=_array_as_json)};\n'.encode()
 
 # %% ../nbs/18_predict.ipynb #4fbc4d49
 exports = dict(safetensors=safetensors_bytes, onnx=onnx_bytes, js=browser_script)
