@@ -25,7 +25,7 @@ from .run import train_run
 from .settings import recipe_settings, run_settings
 
 # %% ../nbs/16_sweep.ipynb #ed4a40bd
-_named = 'recipe','seed','epochs','valid','bs','n_train','source','bf16','fast'
+_name_settings = 'recipe','seed','epochs','valid','bs','n_train','source','bf16','fast'
 
 def _name_value(v):
     "A setting as the name has it: the same for `run_settings` and for a row of a table"
@@ -36,7 +36,7 @@ def run_name(
     run:dict, # From `run_settings`, or a row of `study.csv`
 ) -> str: # Eight hexadecimal digits
     "The name of a run, made from its settings"
-    values = [_name_value(run[k]) for k in (*_named, *recipe_settings(run['recipe']))]
+    values = [_name_value(run[k]) for k in (*_name_settings, *recipe_settings(run['recipe']))]
     if run.get('reproducible') in (True, 'True'): values.append('reproducible')
     if size := _name_value(run.get('size')): values += [size, run['resize'], str(run['flip'])]
     return hashlib.sha1(json.dumps(values).encode()).hexdigest()[:8]
@@ -128,7 +128,7 @@ def _to_do(study, runs):
     return [run for name,run in runs.items() if name not in (judged if run['also_reference'] else done)]
 
 # %% ../nbs/16_sweep.ipynb #60b7e8a0
-_later = dict(resize='crop', flip=False, reproducible=False) # settings that the first tables do not have
+_newer_settings = dict(resize='crop', flip=False, reproducible=False) # the first tables lack them
 
 def _listed(values): return ', '.join('None' if pd.isna(v) else str(v) for v in values)
 
@@ -137,7 +137,7 @@ def _having(rows, k, asked):
     values = asked if pd.api.types.is_list_like(asked) else [asked]
     if k == 'source': values = [v if v is None else str(Path(v).expanduser().absolute()) for v in values]
     wanted = [_name_value(v) for v in values]
-    found = rows[[_name_value(_later.get(k) if pd.isna(v) else v) in wanted for v in rows[k]]]
+    found = rows[[_name_value(_newer_settings.get(k) if pd.isna(v) else v) in wanted for v in rows[k]]]
     if len(found): return found
     raise ValueError(f'{rows.attrs["study"]} has no such run with {k} {_listed(values)}, '
                      f'only with {k} {_listed(rows[k].sort_values().unique())}')
@@ -171,7 +171,7 @@ def of(self:Study,
 
 # %% ../nbs/16_sweep.ipynb #9e4dcb09
 @patch
-def _put(self:Study, table, name, rows=()):
+def _replace_rows(self:Study, table, name, rows=()):
     "Replace the rows of the run `name` in a table; without new `rows` the run has none"
     old = self.read(table)
     tables = [df for df in (old[old.run != name], rows) if len(df)]
@@ -201,10 +201,10 @@ def _add_run(study, run, files, command=''):
     for table,file in dict(epochs='history.csv', mistakes='mistakes.csv').items():
         if file not in files: continue
         rows = _read_csv(io.BytesIO(files[file]))
-        study._put(table, name, rows.assign(**first)[[*first, *rows]])
+        study._replace_rows(table, name, rows.assign(**first)[[*first, *rows]])
     row = _study_row(run, json.loads(files['summary.json']), command)
-    study._put('failures', name)
-    study._put('study', name, pd.DataFrame([row]))
+    study._replace_rows('failures', name)
+    study._replace_rows('study', name, pd.DataFrame([row]))
     return row
 
 # %% ../nbs/16_sweep.ipynb #2c5a4902
@@ -214,7 +214,7 @@ def _add_failure(study, run, attempts, error):
     date = datetime.now(timezone.utc).isoformat(timespec='seconds')
     row = dict(run=name, recipe=run['recipe'], seed=run['seed'], attempts=attempts, error=error,
                settings=json.dumps(run), date=date)
-    study._put('failures', name, pd.DataFrame([row]))
+    study._replace_rows('failures', name, pd.DataFrame([row]))
 
 # %% ../nbs/16_sweep.ipynb #e81f0339
 @contextmanager
@@ -240,7 +240,7 @@ def _ray_places(nodes, threads, device, per_gpu):
 # %% ../nbs/16_sweep.ipynb #171d6445
 @contextmanager
 def _on_ray(address, threads, device, per_gpu):
-    "The same two for runs on a Ray cluster"
+    "For runs on a Ray cluster: a function that starts one and returns its `Future`, and the runs at once"
     try: import ray
     except ImportError:
         raise ValueError("Ray is not installed; install it by pip install -e '.[sweep]' in a clone") from None
@@ -259,7 +259,7 @@ def _result_line(run, row):
     return f'{_label(run)}: {100*row["accuracy"]:.2f} %, loss {loss:.5f}, {row["seconds"]:.0f} s'
 
 # %% ../nbs/16_sweep.ipynb #4b99f164
-def _loop(study, todo, submit, jobs, retries, command, log):
+def _loop(study, todo, submit, n_at_once, retries, command, log):
     "Do the runs in `todo`, and put each into the tables as it ends"
     waiting = {submit(run): run for run in todo}
     failures = Counter()
@@ -277,7 +277,7 @@ def _loop(study, todo, submit, jobs, retries, command, log):
                 continue
             row = _add_run(study, run, files, command)
             epoch_seconds.append(row['seconds']/run['epochs'])
-            left = mean(epoch_seconds) * sum(r['epochs'] for r in waiting.values())/jobs
+            left = mean(epoch_seconds) * sum(r['epochs'] for r in waiting.values())/n_at_once
             end = f'; about {timedelta(seconds=round(left))} left' if waiting else ''
             log(f'{len(todo) - len(waiting):3}/{len(todo)}  {_result_line(run, row)}{end}')
 
@@ -309,12 +309,12 @@ def sweep(
     device = runs[0]['device'] if runs else 'cpu'
     jobs,threads = _jobs_threads(device, jobs, threads, ray)
     workers = _on_ray(address, threads, device, jobs) if ray else _local(jobs, threads)
-    with workers as (submit, jobs):
+    with workers as (submit, n_at_once):
         study.folder.mkdir(parents=True, exist_ok=True)
         with locked(study.folder):
             runs = {run_name(run): run for run in runs} # each once
             todo = _to_do(study, runs)
             log(f'{len(runs)} runs, {len(runs) - len(todo)} of them done; '
-                f'{jobs} at once{" on Ray" if ray else ""}, threads a run: {threads}')
-            _loop(study, todo, submit, jobs, retries, command, log)
+                f'{n_at_once} at once{" on Ray" if ray else ""}, threads a run: {threads}')
+            _loop(study, todo, submit, n_at_once, retries, command, log)
     return study
