@@ -31,11 +31,15 @@ def parse(
     n = args.index('--') if '--' in args else len(args)
     parts = [arg.partition('=') for arg in args[:n]]
     spelled = [known.get(name.replace('_', '-'), name) + eq + value for name,eq,value in parts]
-    if _takes_files(f): spelled = [re.sub(r'^(?=-(?!-|h$|[\d.]+$))', './', arg) for arg in spelled]
+    if _takes_files(f): spelled = [_no_short_option(arg) for arg in spelled]
     options = vars(parser.parse_args(spelled + args[n:]))
     return {k: v for k,v in options.items() if k in signature(f).parameters}
 
 def _takes_files(f): return any(p.default is p.empty for p in signature(f).parameters.values())
+
+def _no_short_option(arg):
+    "`./-7.png` for `-7.png`; anything else, `-h` and numbers stay as they are"
+    return re.sub(r'^(?=-(?!-|h$|[\d.]+$))', './', arg)
 
 # %% ../nbs/19_cli.ipynb #603cc851
 def _terminate(num, frame): raise KeyboardInterrupt(num)
@@ -52,6 +56,7 @@ def _exit(status, message, e):
     if _is_first_process(): print(_escaped(line), file=sys.stderr)
     sys.exit(status)
 
+# %% ../nbs/19_cli.ipynb #54012b3e
 @contextmanager
 def _ending_in_one_line(name):
     "End the process with one line on standard error where the block raises an error or gets a signal"
@@ -118,7 +123,7 @@ def _one_setting(text):
 # %% ../nbs/19_cli.ipynb #394fe99d
 @contextmanager
 def _saying_how_to_resume(folder):
-    "Tell a run that is interrupted, or on a full disk, how to resume it"
+    "If a run is interrupted, or the disk is full, add a note to the error on how to resume the run"
     try: yield
     except (KeyboardInterrupt, OSError) as e:
         launcher = ' the same launcher and' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
@@ -145,21 +150,22 @@ def block3_train(
     target:float=None, # Accuracy that the report at the end is about; default: 0.994 on MNIST, else none
     **kwargs
 ):
-    "Train the 7,904-parameter network on MNIST or on your pictures, and keep history, summary, weights and plots in a run folder"
+    "Train the network on MNIST or your pictures; keep history, summary, weights and plots in a run folder"
     options = kwargs | dict(lr=lr, mom=mom, settings=settings, out=out)
     given = [k for k,v in options.items() if v != signature(block3_train).parameters[k].default]
     if resume and given: raise ValueError(f'{", ".join(given)}: a resumed run keeps its own settings')
-    recipe = _one_setting(settings)
-    twice = [k for k in recipe if k in given]
+    recipe_kwargs = _one_setting(settings)
+    twice = [k for k in recipe_kwargs if k in given]
     if twice: raise ValueError(f'{", ".join(twice)}: given twice, in settings={settings!r} too')
-    recipe |= {k: options[k] for k in ('lr', 'mom') if k in given}
-    if not resume: run_settings(**kwargs | recipe) # a mistake is told before the imports
+    recipe_kwargs |= {k: options[k] for k in ('lr', 'mom') if k in given}
+    if not resume: run_settings(**kwargs | recipe_kwargs) # finds a mistake before the slow imports
 
     from mnist_block3.run import default_run_dir, read_settings, resume_run, run_files, train_run
     folder = Path(resume or out or default_run_dir()).expanduser()
     bar = sys.stdout is not None and sys.stdout.isatty()
     with _saying_how_to_resume(folder):
-        learn,folder = resume_run(folder, bar) if resume else train_run(folder, bar, **kwargs | recipe)
+        if resume: learn,folder = resume_run(folder, bar)
+        else: learn,folder = train_run(folder, bar, **kwargs | recipe_kwargs)
     if not _is_first_process(): return
     if learn is None: return print(f'{folder} is finished: there is nothing left to do')
     print(f'\n{_report(learn, read_settings(folder)["settings"], target)}')
@@ -193,7 +199,26 @@ def block3_sweep(
     failed = {run_name(run) for run in runs} - study.done
     if failed: raise RuntimeError(f'{len(failed)} runs failed, see {study.folder/"failures.csv"}')
 
-# %% ../nbs/19_cli.ipynb #d40ea642
+# %% ../nbs/19_cli.ipynb #60309f5f
+def _as_line(spec, file, result, mark):
+    "Path, answer, probability and mark, with tabs between them"
+    if mark in ('none', 'several'): columns = ['-', '-']
+    else: columns = [_escaped(spec.vocab[result.argmax()]), f'{result.max():.4f}']
+    if mark: columns.append(mark)
+    return '\t'.join([_escaped(file), *columns])
+
+def _as_json(spec, file, result, mark):
+    "The same as one JSON object, with all probabilities"
+    kind = 'class' if spec.resize else 'digit'
+    if isinstance(result, Exception):
+        answer = {kind: None, 'probability': None, 'mark': mark, 'reason': str(result)}
+    else:
+        answer = {kind: spec.vocab[result.argmax()], 'probability': float(result.max()), 'mark': mark}
+        if mark: answer['reason'] = 'its probability is too low'
+        answer['probabilities'] = result.tolist()
+    return json.dumps(dict(path=str(file), **answer))
+
+# %% ../nbs/19_cli.ipynb #b8f4e224
 _help = 'Pictures of one digit each: files, folders, patterns'
 _pictures = (fastcore.script.Param(_help, str, nargs='+') if hasattr(fastcore.script, 'Param') # fastcore 1
              else Annotated[str, _help, dict(nargs='+')])
@@ -221,21 +246,6 @@ def block3_predict(
         else: print((_as_json if json else _as_line)(model.spec, file, result, mark))
     if sys.stdout: sys.stdout.flush()
     return status or None
-
-def _as_line(spec, file, result, mark):
-    if mark in ('none', 'several'): columns = ['-', '-']
-    else: columns = [_escaped(spec.vocab[result.argmax()]), f'{result.max():.4f}']
-    if mark: columns.append(mark)
-    return '\t'.join([_escaped(file), *columns])
-
-def _as_json(spec, file, result, mark):
-    kind = 'class' if spec.resize else 'digit'
-    if isinstance(result, Exception): answer = {kind: None, 'probability': None, 'mark': mark, 'reason': str(result)}
-    else:
-        answer = {kind: spec.vocab[result.argmax()], 'probability': float(result.max()), 'mark': mark}
-        if mark: answer['reason'] = 'its probability is too low'
-        answer['probabilities'] = result.tolist()
-    return json.dumps(dict(path=str(file), **answer))
 
 # %% ../nbs/19_cli.ipynb #ff903a2f
 @_command
