@@ -45,7 +45,7 @@ def _set_random_state(dls, state):
 
 # %% ../nbs/13_checkpoint.ipynb #34e9ea67
 def _records(learn):
-    "Where the course of a fit is recorded: objects, and the names of their attributes"
+    "The objects, each with the name of an attribute, that record the course of a fit"
     rec = learn.recorder
     return [(rec, 'lrs'), (rec, 'iters'), (rec.smooth_loss, 'val'), (rec.smooth_loss, 'count'),
             (learn, 'train_iter'), (learn.history, 'rows'), (learn.fast_epoch, 'engine'),
@@ -72,7 +72,7 @@ def _set_fit_state(learn, state):
 
 # %% ../nbs/13_checkpoint.ipynb #50c2bfba
 def _fit_key(learn):
-    "What has to be the same for a fit to be resumed: numbers, strings and lists by name"
+    "The numbers, strings and lists, by name, that must be the same for a fit to be resumed"
     dl = learn.dls.train
     opt = getattr(learn.opt, 'opt', learn.opt)
     hypers = [{k: float(v) for k,v in h.items() if isinstance(v, Number)} for h in learn.opt.hypers]

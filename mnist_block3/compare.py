@@ -91,7 +91,7 @@ def _axis(measure, valids):
     return f'{protocols.get(valid, "evaluation accuracy")} in %', 100
 
 def _legend_name(run, differing):
-    "What differs, for the legend; a learner has its name too"
+    "The differing settings of a run as text, for a learner after its name"
     settings = run['settings']
     words = _words({k: settings[k] for k in differing if k in settings})
     if 'recipe' in settings: return words or settings['recipe']
@@ -203,7 +203,7 @@ def plot_sweep(
     measure:str='accuracy', # 'accuracy' or 'loss', of the evaluation
     **kwargs # Other settings, as for `Study.of`
 ) -> Figure: # Runs, mean and standard deviation by value, or a grid with mean and standard deviation
-    "What one or two settings do to the accuracy or the loss of a recipe"
+    "Plot the accuracy or the loss of a recipe by one or two of its settings"
     if len(settings) not in (1, 2): raise ValueError(f'settings={settings}: name one setting or two')
     if not isinstance(study, Study): study = Study(study)
     rows = study.of(recipe, *settings, **kwargs)

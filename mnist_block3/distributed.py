@@ -84,29 +84,6 @@ class DataParallelTrainer(DistributedTrainer):
         if getattr(getattr(self.learn, 'gather_preds', None), 'with_input', False):
             raise ValueError('with_input=True: each process has its share of the images only')
 
-    def _same_order(self):
-        "Have the loader shuffle as the first process's does"
-        self.dl.rng.setstate(from_first(self.dl.rng.getstate()))
-
-    @property
-    def n_batch(self): return min(self.dl.bs, self.dl.n - self.iter*self.dl.bs)
-
-    def _gather_batch(self):
-        self.learn.pred = _gather(self.pred, self.n_batch)
-        self.learn.yb = tuple(_gather(y, self.n_batch) for y in self.yb)
-
-    def after_pred(self):
-        if not self.training: self._gather_batch()
-
-    def after_loss(self):
-        if not self.training: return
-        rank,n_processes = self.dl.shard
-        share = len(range(rank, self.n_batch, n_processes))/self.n_batch
-        self.learn.loss_grad = self.loss_grad*n_processes*share
-        self.learn.loss = self.loss.detach()*share
-        distributed.all_reduce(self.learn.loss)
-        self._gather_batch()
-
     def after_fit(self):
         super().after_fit()
         self.accelerator.free_memory() # it holds what `DistributedDataParallel` holds
@@ -115,6 +92,35 @@ class DataParallelTrainer(DistributedTrainer):
             bn.load_state_dict(trained.state_dict()) # the statistics; the weights are the same tensors
             self.model.set_submodule(name, bn)
         for dl in [*self.dls, self.dl]: dl.shard = ImagesDL.shard # `self.dl` may be any that was evaluated
+
+# %% ../nbs/14_distributed.ipynb #26a5a291
+@patch
+def _same_order(self:DataParallelTrainer):
+    "Have the loader shuffle as the first process's does"
+    self.dl.rng.setstate(from_first(self.dl.rng.getstate()))
+
+@patch(as_prop=True)
+def n_batch(self:DataParallelTrainer): return min(self.dl.bs, self.dl.n - self.iter*self.dl.bs)
+
+@patch
+def _gather_batch(self:DataParallelTrainer):
+    self.learn.pred = _gather(self.pred, self.n_batch)
+    self.learn.yb = tuple(_gather(y, self.n_batch) for y in self.yb)
+
+# %% ../nbs/14_distributed.ipynb #940d4ac4
+@patch
+def after_pred(self:DataParallelTrainer):
+    if not self.training: self._gather_batch()
+
+@patch
+def after_loss(self:DataParallelTrainer):
+    if not self.training: return
+    rank,n_processes = self.dl.shard
+    share = len(range(rank, self.n_batch, n_processes))/self.n_batch
+    self.learn.loss_grad = self.loss_grad*n_processes*share
+    self.learn.loss = self.loss.detach()*share
+    distributed.all_reduce(self.learn.loss)
+    self._gather_batch()
 
 # %% ../nbs/14_distributed.ipynb #3c71c8d9
 @patch

@@ -32,7 +32,7 @@ subplots_once = partial(plt.subplots, FigureClass=_Figure, layout='constrained')
 def read_run(
     folder:str|Path, # Folder of a finished run
 ) -> tuple[pd.DataFrame,dict,dict]: # History, settings, and results (accuracy in 0–1, time in seconds)
-    "What a run left in its folder; raises `ValueError` where it has not finished, or a file is damaged"
+    "History, settings and results of a run; raises `ValueError` where it has not finished or is damaged"
     folder = Path(folder).expanduser()
     if not (folder/'summary.json').is_file():
         raise ValueError(f'{folder} is no folder of a finished run: it has no summary.json')

@@ -30,7 +30,7 @@ from .steps import Steps
 def as_function(
     tfm, # A batch transform
 ): # A function of image tensors (B, 1, H, W), or `None` where `tfm` is not known to be one
-    "What `tfm` does to images in training"
+    "The function that `tfm` applies to images in training"
     if type(tfm) is IntToFloatTensor: return lambda x: x.float()/tfm.div
     if type(tfm) is Normalize: return lambda x: (x - tfm.mean)/tfm.std
     return tfm.augment if _runs_augment(tfm) else None

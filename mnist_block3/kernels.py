@@ -118,7 +118,7 @@ class Op:
 # %% ../nbs/08_kernels.ipynb #eeecf6b3
 @patch
 def spec(self:Op):
-    "What the C++ side has to know"
+    "The spec of this layer for the C++ side"
     channels = isinstance(self.drop, nn.Dropout2d)
     if not self.conv: return _Spec(kind=self.kind, channels=channels)
     eps = self.norm.eps if self.norm else 0
@@ -200,7 +200,7 @@ class _Batch:
     def __del__(self): self.plan.free.append(self.buffers)
 
 def _addresses(tensors):
-    "Where tensors lie, as a C array; null for `None`"
+    "The addresses of tensors, as a C array; null for `None`"
     return (ctypes.c_void_p*len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 # %% ../nbs/08_kernels.ipynb #5886810c
@@ -466,7 +466,7 @@ def fixed(
     return [fixed(item, other) for item in v] if isinstance(v, (list,tuple,set)) else other(v)
 
 def _pickled(v):
-    "What is in an object, such as the state of a random generator; its address where pickle does not take it"
+    "The content of an object, such as a random generator; its address where pickle does not take it"
     if isinstance(v, nn.Module): return id(v) # its own attributes are compared
     try: return pickle.dumps(v)
     except Exception: return id(v)

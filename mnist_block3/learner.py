@@ -337,7 +337,7 @@ def _augmentation(dls, aug, elastic):
     return mirrors + L(Distort(elastic=elastic, strength=aug, pad_mode=spec.pad_mode))
 
 def _tuned_changes(learn, mom, wd, nesterov, drop, aug, elastic, **kwargs):
-    "What `fit_tuned` changes for its fit, for `_changed`"
+    "The changes of `fit_tuned`, as `_changed` takes them"
     options = dict(momentum=mom, weight_decay=wd, nesterov=nesterov)
     changes = [(group, options) for group in _sgd_groups(learn.opt)]
     changes += [(vars(m), dict(p=drop)) for m in _dropouts(learn.model)]

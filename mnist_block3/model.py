@@ -69,7 +69,7 @@ class Block3(nn.Module):
 def spec_of(
     model:nn.Module, # Any network
 ) -> PictureSpec: # That of MNIST where nothing is noted
-    "What pictures `model` takes, and the names of its classes"
+    "The kind of pictures that `model` takes, and the names of its classes"
     return getattr(model, 'spec', PictureSpec())
 
 def safetensors_bytes(

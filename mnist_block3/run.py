@@ -62,7 +62,7 @@ def _cpu_name():
 def run_environment(
     device:torch.device, # The device of the run
 ) -> dict: # `versions` and `machine`
-    "What a run runs on"
+    "Versions and machine of a run"
     libs = {name: version(name) for name in ('torch', 'torchvision', 'fastai', 'fastcore')}
     versions = dict(python=platform.python_version(), **libs, mnist_block3=__version__, code=_code_hash())
     device_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name()
@@ -223,7 +223,7 @@ def train_run(
 def read_settings(
     folder:Path, # A run folder
 ) -> dict: # `settings`, `began`, `versions`, `machine`
-    "What a run began with; raises `ValueError` for other folders, `FileNotFoundError` without its images"
+    "Settings and environment of a run; raises `ValueError`, or `FileNotFoundError` without its images"
     file = folder/'settings.json'
     if not file.is_file(): raise ValueError(f'{folder} is no run folder: it has no settings.json')
     try:
@@ -235,7 +235,7 @@ def read_settings(
     except Exception as e: raise ValueError(f'{file} cannot be used: {e}') from e
 
 def _changes(then, now):
-    "What differs between two environments, in words"
+    "The differences between two environments, as text"
     names = dict(versions=('torch', 'fastai', 'code'),
                  machine=('device', 'device_name', 'threads', 'processes'))
     pairs = [(name, then[part].get(name), now[part][name]) for part in names for name in names[part]]

@@ -108,7 +108,7 @@ _patterns = dict(
     csv=_table + r'\.csv', parquet=_table + r'\.parquet')
 
 def _described(path):
-    "What the name of a file says: format, folder, name of the data set, split and content; or `None`"
+    "Format, folder, name of the data set, split and content, as the name of a file says; or `None`"
     for kind,pattern in _patterns.items():
         m = re.fullmatch(pattern, path.name, re.I)
         if not m: continue
@@ -179,7 +179,7 @@ def _found_at(source):
     return {(kind, source.parent, source.name): {('train','all'): [source]}}
 
 def _choice(key, found):
-    "What to pass for one data set of several: its folder, a file, or the beginning of its files' names"
+    "The `source` that picks one data set: its folder, a file, or the beginning of its files' names"
     kind,folder,name = key
     if kind == 'idx' and name: return folder/name
     is_alone = not any(other[1].is_relative_to(folder) for other in found if other != key)
