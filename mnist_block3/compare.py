@@ -64,12 +64,12 @@ def _runs_in(given, name=None):
 # %% ../nbs/17_compare.ipynb #9729eb9c
 def _differing(runs):
     "The names of the settings in which runs differ"
-    every = [run['settings'] for run in runs]
+    all_settings = [run['settings'] for run in runs]
     default = dict(model='Block3')
-    for settings in every:
+    for settings in all_settings:
         if 'recipe' in settings: default |= run_settings(settings['recipe'])
-    names = dict.fromkeys(k for settings in every for k in settings)
-    return [k for k in names if len({settings.get(k, default.get(k)) for settings in every}) > 1]
+    names = dict.fromkeys(k for settings in all_settings for k in settings)
+    return [k for k in names if len({settings.get(k, default.get(k)) for settings in all_settings}) > 1]
 
 def _value_words(v):
     if pd.isna(v): return 'None'
