@@ -52,7 +52,7 @@ def _is_first_process(): return os.environ.get('RANK', '0') == '0' # as launcher
 
 def _exit(status, message, e):
     "End the process with `status`, and with one line about the exception `e`"
-    line = '; '.join([message, *getattr(e, '__notes__', [])])
+    line = '; '.join([message, *getattr(e, '__notes__', [])]).replace('\n', ' ')
     if _is_first_process(): print(_escaped(line), file=sys.stderr)
     sys.exit(status)
 
@@ -227,7 +227,7 @@ _pictures = (fastcore.script.Param(_help, str, nargs='+') if hasattr(fastcore.sc
 def block3_predict(
     images:_pictures,
     weights:str=None, # Safetensors file or run folder; default: the weights of the package
-    min_probability:float=0.95, # Mark answers with a lower probability as unsure
+    min_probability:float=0.95, # Mark answers with a lower probability (from 0 to 1) as unsure
     json:bool=False, # Print one JSON object per line, with all probabilities and the reason of a mark
 ):
     """Read the digits in pictures, or tell their class; one line per picture: path, digit, probability, mark.

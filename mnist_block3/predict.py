@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 import numpy as np
 import torch
 from torch import nn
@@ -37,7 +38,8 @@ def load_block3(
     if not path.is_file(): raise FileNotFoundError(f'{path}: there is no such file of weights')
     try: model = _loaded(path).eval()
     except (SafetensorError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f'{path} does not hold the weights of Block3: {str(e).splitlines()[0]}') from e
+        reason = shorten(str(e).splitlines()[-1], 200)
+        raise ValueError(f'{path} does not hold the weights of Block3: {reason}') from e
     if weights is None: model.known = load_file(known_path)
     return model
 
@@ -115,7 +117,8 @@ def _files(name):
     if path.is_dir(): return picture_files(path) or [path]
     if path.exists(): return [path]
     matches = sorted(Path(match) for match in glob.glob(str(name), recursive=True))
-    return [match for match in matches if match.is_file()] or [path]
+    files = [match for match in matches if match.is_file()]
+    return files or [name if '://' in str(name) else path] # `Path` makes one slash of two
 
 def find_images(
     names:list|str|Path, # Files, folders and patterns such as `scans/*.png`; or one
@@ -130,17 +133,18 @@ def _read_picture(spec, file):
     except FileNotFoundError: return FileNotFoundError(f'{file} cannot be read: there is no such file')
     except (OSError, ValueError) as e:
         if not isinstance(file, (str, Path)) or not Path(file).is_dir(): return e
-        return ValueError(f'{file} cannot be read: there are no pictures in this folder')
+        reason = 'pass find_images(folder)' if picture_files(file) else 'there are no pictures in this folder'
+        return ValueError(f'{file} cannot be read: {reason}')
 
 def predict_files(
-    files:list|str|Path, # Paths of pictures, or pictures as in `mnist_form`; or one path
+    files:list|str|Path, # Paths of pictures, or pictures as in `mnist_form`; or one of them
     model:nn.Module=None, # `None`: `load_block3()`
     bs:int=500, # Pictures a step
 ):
     "Yield each file with its probabilities (classes,), or with its `OSError` or `ValueError`"
     if model is None: model = load_block3()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for batch in chunked(L(files), bs):
+        for batch in chunked([files] if hasattr(files, 'read') else L(files), bs):
             images = list(pool.map(partial(_read_picture, spec_of(model)), batch))
             read = [image for image in images if isinstance(image, np.ndarray)]
             probs = iter(predict_digits(model, np.stack(read), careful=True) if read else [])

@@ -150,7 +150,8 @@ _accepted = '''Accepted are
 - training/ and testing/, or train/ and test/, with pictures of 28×28 pixels in the folders 0 to 9
 - train.csv and test.csv (or mnist_train.csv, ...) with a label and 784 pixels a row
 - an .npz file with x_train, y_train, x_test and y_test, or KMNIST's four (kmnist-train-imgs.npz, ...)
-- train-*.parquet and test-*.parquet with the columns image and label''' + f'\n{_other_pictures}'
+- train-*.parquet and test-*.parquet with the columns image and label.
+''' + f'Unpack archives first. {_other_pictures}'
 
 def _some_names(folder):
     paths = sorted(path for path in folder.iterdir() if path.name[0] != '.')

@@ -111,14 +111,25 @@ def test_one_file_or_any_iterable_of_files(coloured, kind):
     assert Path(file) == coloured and probs.argmax() == 4
 
 
+@pytest.mark.parametrize('kind', kinds)
+def test_one_picture_of_any_kind(coloured, kind):
+    (_,probs), = predict_files(kinds[kind](coloured))
+    assert probs.argmax() == 4
+
+
+def test_a_folder_is_not_one_file(folder):
+    (_,error), = predict_files(folder)
+    assert str(error) == f'{folder} cannot be read: pass find_images(folder)'
+
+
 def test_console(folder, command):
-    done = command('block3_predict', '.', 'notes.txt', '4.png', 'gone.png')
+    done = command('block3_predict', '.', 'notes.txt', '4.png', 'https://a.org/7.png')
     rows = [line.split('\t') for line in done.stdout.splitlines()]
     names = ['0.png', '1.png', '2.png', '3.png', '4.png', '4.png']
     assert [row[:2] for row in rows] == [list(pair) for pair in zip(names, '721044')]
     assert all(0 < float(row[2]) <= 1 for row in rows)
     errors = done.stderr.splitlines()
-    assert done.returncode == 1 and len(errors) == 3 and 'gone.png' in errors[2]
+    assert done.returncode == 1 and len(errors) == 3 and 'https://a.org/7.png cannot be read' in errors[2]
     assert all(error.startswith('block3_predict: ') for error in errors)
 
 
@@ -170,7 +181,7 @@ def test_console_marks_what_it_does_not_know(tmp_path, mnist, command):
 
 def test_weights(tmp_path):
     save_file({'a': torch.zeros(3)}, tmp_path/'other.safetensors')
-    with pytest.raises(ValueError, match='does not hold the weights'): load_block3(tmp_path/'other.safetensors')
+    with pytest.raises(ValueError, match='does not hold the weights.*Unexpected'): load_block3(tmp_path/'other.safetensors')
     (tmp_path/'weights.safetensors').write_bytes(weights_path.read_bytes())
     want = Block3(pretrained=True).state_dict()
     torch.testing.assert_close(load_block3(tmp_path).state_dict(), want, rtol=0, atol=0)

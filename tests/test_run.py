@@ -110,6 +110,11 @@ def test_console_mistake(tmp_path, command, name, args, code, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_list_in_an_error_is_printed_in_one_line(tmp_path, command):
+    error = command('block3_train', '--source', tmp_path).stderr
+    assert 'Accepted are - IDX files' in error and error.count('\n') == 1 and r'\n' not in error
+
+
 def test_help_and_mistakes_do_not_wait_for_imports(tmp_path):
     code = 'import sys, mnist_block3.cli; print({"torch", "fastai", "matplotlib"} & set(sys.modules))'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == 'set()\n'
