@@ -209,7 +209,7 @@ def _as_line(spec, file, result, mark):
 
 def _as_json(spec, file, result, mark):
     "The same as one JSON object, with all probabilities"
-    kind = 'class' if spec.resize else 'digit'
+    kind = 'digit' if spec.vocab == tuple(range(10)) else 'class'
     if isinstance(result, Exception):
         answer = {kind: None, 'probability': None, 'mark': mark, 'reason': str(result)}
     else:

@@ -161,8 +161,7 @@ def _some_names(folder):
 
 def _unreadable(source):
     "The error for a `source` that is no data set"
-    if source.is_file():
-        return ValueError(f'{source} is no file of a data set; unpack archives first. {_accepted}')
+    if source.is_file(): return ValueError(f'{source} is no file of a data set. {_accepted}')
     if source.is_dir(): holds = f'it holds {_some_names(source)}'
     else: holds = f'{source.parent} holds {_some_names(source.parent)}'
     return FileNotFoundError(f'{source} is no data set: {holds}. {_accepted}')
