@@ -203,7 +203,7 @@ def _frame_width(part):
     "Pixels to take from each side of `part`, 0 if it does not cover all four"
     n = max(part.shape)//12
     sides = part, part[::-1], part.T, part.T[::-1] # each with the side at the top
-    if min(side[:n].any(0).mean() for side in sides) <= 0.9: return 0
+    if min(side[:n].any(0).mean() for side in sides) <= 0.75: return 0
     lines = [side[:min(part.shape)//4].mean(1) for side in sides]
     wide = max(n, int(np.median([(line > 0.7).sum() for line in lines])) + 1)
     is_digit_left = part[wide:-wide,wide:-wide].any(1).sum() > 0.4*len(part)
@@ -240,7 +240,7 @@ def _parts(mask, blurred):
     ink = {i: blurred[box][parts[i]].max() for i,box in boxes.items() if _is_stroke(parts[i], box, mask.shape)}
     inside = {i: ink[i] for i in ink if not _touches(boxes[i], mask.shape)}
     most = blurred.max()
-    if any(_size(boxes[i]) > 0.15*min(mask.shape) for i in inside):
+    if any(_size(boxes[i]) > 0.1*min(mask.shape) for i in inside):
         ink = inside
         most = max(ink.values()) # a desk around the paper can be far darker than the digit
     return labels, {i: boxes[i] for i in ink if ink[i] > 0.35*most}

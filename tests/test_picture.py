@@ -157,18 +157,19 @@ def test_redrawn(kind): assert percent_read(kind, 12) == 100
 def test_400_redrawn(kind): assert percent_read(kind, 400) >= must[kind]
 
 
-def n_read_of_20(draw, paper=240):
-    "Digits of 60 pixels, each in the middle of a page with what `draw` draws"
+def n_read_of_20(draw, paper=240, size=60):
+    "Digits of `size` pixels, each in the middle of a page with what `draw` draws"
     forms = []
     for i in range(20):
         page = Image.new('L', (200,160), paper)
         draw(ImageDraw.Draw(page))
-        page.paste(20, (70,50), picture(i, 60))
+        page.paste(20, (100 - size//2,80 - size//2), picture(i, size))
         forms.append(form_or_zeros(page))
     return (predict_digits(load_block3(), np.stack(forms)).argmax(1) == test.labels[:20].numpy()).sum()
 
 surrounded = dict(thick=lambda d: d.rectangle((50,30,150,130), outline=0, width=14),
                   rounded=lambda d: d.rounded_rectangle((50,30,150,130), 25, outline=0, width=4),
+                  touching=lambda d: d.rounded_rectangle((72,48,128,112), 14, outline=0, width=4),
                   circle=lambda d: d.ellipse((45,25,155,135), outline=0, width=4))
 
 @pytest.mark.parametrize('shape', surrounded)
@@ -177,6 +178,9 @@ def test_what_surrounds_a_digit_is_no_digit(shape): assert n_read_of_20(surround
 @pytest.mark.parametrize('left', [40, 55])
 def test_small_paper_on_a_dark_desk(left):
     assert n_read_of_20(lambda d: d.rectangle((left,20,left+105,140), fill=240), paper=50) == 20
+
+def test_small_digits_on_paper_on_a_desk():
+    assert n_read_of_20(lambda d: d.rectangle((10,5,190,150), fill=240), paper=140, size=28) == 20
 
 def test_a_square_0_is_no_frame():
     "As the digits of a clock"
