@@ -126,6 +126,7 @@ def _one_channel(values):
     if values.shape[-1] == 1: return values[...,0]
     sample = values[::2,::2].reshape(-1, values.shape[-1])
     weights = np.linalg.eigh(np.cov(sample, rowvar=False))[1][:,-1]
+    if weights.sum() < 0: weights = -weights
     return values @ (weights/np.abs(weights).sum()).astype(np.float32)
 
 def _is_dark(grey):
@@ -166,12 +167,11 @@ def _closed(grey, n):
     for extreme in (np.maximum, np.minimum): grey = _over(extreme, _over(extreme, grey, n).T, n).T
     return grey
 
-def _strokes(values):
-    "The ink of each pixel of `values`, float32 (H, W)"
-    grey = _one_channel(values)
-    if not _is_dark(grey): grey = -grey
+def _strokes(grey):
+    "The ink of each pixel of `grey`, in which ink is darker than paper, float32 (H, W)"
     smooth = scipy.ndimage.uniform_filter(grey, 3, mode='nearest')
-    ink = _closed(smooth, 2*int(0.15*min(grey.shape)) + 1) - grey
+    reach = int(max(0.15*min(grey.shape), 0.12*max(grey.shape)))
+    ink = _closed(smooth, 2*reach + 1) - grey
     return ink - _median(ink)
 
 # %% ../nbs/02_picture.ipynb #f462329a
@@ -274,14 +274,30 @@ def _digit(ink):
     if n_digits > 1: raise SeveralDigits(f'it shows {n_digits} parts that are as large as digits')
     return np.where(mask & ~is_kept, 0, ink), box
 
+# %% ../nbs/02_picture.ipynb #42372675
+def _is_sheet(ink):
+    "Whether `ink` fills its box, and is no upright 1"
+    return max(ink.shape) < 2*min(ink.shape) and (ink > ink.max()/5).mean() > 0.65
+
+def _found(values):
+    "`_digit` of the ink of `values`, or of a light sheet in them"
+    grey = _one_channel(values)
+    if _is_dark(grey): return _digit(_strokes(grey))
+    ink,box = _digit(_strokes(-grey))
+    if _is_sheet(ink[box]):
+        with suppress(NoDigit, SeveralDigits):
+            ink_on_sheet,inner = _digit(_strokes(grey))
+            if _gap(inner, box) < 0 and not _touches(inner, ink.shape): return ink_on_sheet, inner
+    return ink, box
+
 # %% ../nbs/02_picture.ipynb #226e8479
 def _digit_of(im):
-    "`_digit` of a picture with more than 28 pixels along a side"
+    "`_found` in a picture with more than 28 pixels along a side"
     if max(im.size) >= 160:
         with suppress(NoDigit):
-            ink,box = _digit(_strokes(_values(im, 80)))
+            ink,box = _found(_values(im, 80))
             if _size(box) >= 22: return ink, box
-    return _digit(_strokes(_values(im)))
+    return _found(_values(im))
 
 # %% ../nbs/02_picture.ipynb #af2b4c93
 def _centre_of_mass(ink):

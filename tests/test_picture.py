@@ -179,8 +179,18 @@ def test_what_surrounds_a_digit_is_no_digit(shape): assert n_read_of_20(surround
 def test_small_paper_on_a_dark_desk(left):
     assert n_read_of_20(lambda d: d.rectangle((left,20,left+105,140), fill=240), paper=50) == 20
 
-def test_small_digits_on_paper_on_a_desk():
-    assert n_read_of_20(lambda d: d.rectangle((10,5,190,150), fill=240), paper=140, size=28) == 20
+def test_turned_paper_on_a_dark_desk():
+    corners = (60,50), (140,35), (150,105), (70,120)
+    assert n_read_of_20(lambda d: d.polygon(corners, fill=240), paper=50) == 20
+
+@pytest.mark.parametrize('box,desk', [((60,30,140,130), 50), ((10,5,190,150), 140)])
+def test_small_digits_on_paper_on_a_desk(box, desk):
+    assert n_read_of_20(lambda d: d.rectangle(box, fill=240), paper=desk, size=28) == 20
+
+def test_a_tall_narrow_picture():
+    page = Image.new('L', (40,160), 240)
+    ImageDraw.Draw(page).line((16,140,24,20), 20, 18)
+    assert predict_digits(load_block3(), mnist_form(page)[None]).argmax() == 1
 
 def test_a_square_0_is_no_frame():
     "As the digits of a clock"
