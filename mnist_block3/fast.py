@@ -23,7 +23,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.vision.augment import RandTransform
 from fastprogress.fastprogress import ConsoleMasterBar
 from .data import ImagesDL
-from .kernels import fixed, fuse, kernel_threads, why_no_kernels
+from .kernels import fixed, fuse, kernel_threads, pickled, why_no_kernels
 from .steps import Steps
 
 # %% ../nbs/10_fast.ipynb #27f7589e
@@ -254,14 +254,17 @@ def _signature(learn, options):
     loss = learn.loss_func
     sgd = learn.opt.opt
     objects = [dl.dataset.items, loss, loss.func, *learn.model.modules(), *dl.after_batch.fs]
+    objects += {type(obj) for obj in objects} # a list may be an attribute of a class
     tensors = [*learn.model.parameters(), *learn.model.buffers(), *getattr(loss.func, 'buffers', list)()]
+    attrs = [_own_attributes(obj) for obj in objects]
+    values = [v for own in attrs for v in own.values()]
+    versions = [v._version for v in values if isinstance(v, torch.Tensor) and not v.is_inference()]
     bufs = [sgd.state.get(p, {}).get('momentum_buffer') for g in sgd.param_groups for p in g['params']]
     per_step = {'params', 'lr', 'initial_lr'} | ({'momentum'} if options['sched_mom'] else set())
     groups = [{k: v for k,v in g.items() if k not in per_step} | dict(params=[id(p) for p in g['params']])
               for g in sgd.param_groups]
-    return (options, dl.bs, dl.n, dl.drop_last, groups,
-            [(id(obj), fixed(_own_attributes(obj))) for obj in objects],
-            [(t.data_ptr(), t.stride(), t.requires_grad) for t in tensors],
+    return (options, dl.bs, dl.n, dl.drop_last, groups, [id(obj) for obj in objects], fixed(attrs, pickled),
+            [(t.data_ptr(), t.stride(), t.requires_grad) for t in tensors], versions,
             [buf is not None and buf.data_ptr() for buf in bufs])
 
 # %% ../nbs/10_fast.ipynb #19efa8d8
@@ -407,5 +410,5 @@ def _accumulate(self:FastEpoch, metric, pred, targ, bs):
     for p,t in zip(pred.split(size), targ.split(size)):
         learn.pred = p
         learn.yb = (t,)
-        learn.loss = learn.loss_func(p, t)
+        if isinstance(metric, AvgLoss): learn.loss = learn.loss_func(p, t)
         metric.accumulate(learn)

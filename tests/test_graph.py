@@ -1,4 +1,5 @@
 "The captured step, as far as a CPU can show it: with a recorder in place of CUDA graphs, and with fake tensors of a GPU"
+import itertools
 from functools import partial
 from types import SimpleNamespace
 import numpy as np
@@ -13,7 +14,7 @@ from mnist_block3.all import (
     ParamScheduler, ProgressCallback, SchedLin, set_seed)
 from mnist_block3.sources import Images
 from mnist_block3.kernels import PythonState
-from mnist_block3.steps import Steps
+from mnist_block3.steps import Started, Steps
 
 
 def new_learner(model=None, data={}, **kwargs):
@@ -25,12 +26,17 @@ def new_learner(model=None, data={}, **kwargs):
     return learn
 
 
+class Box:
+    "A sequence of one's own"
+    def __init__(self, values): self.values = values
+    def __len__(self): return len(self.values)
+    def __getitem__(self, i): return self.values[i]
+    def __setitem__(self, i, value): self.values[i] = value
+
 class Dims(CropRotate):
-    "Multiplies images by a number that is in a list"
-    def __init__(self):
-        super().__init__()
-        self.limits = [0., 1.]
-    def augment(self, x): return super().augment(x)*self.limits[1]
+    "Multiplies images by a number that is in a container"
+    limits = [0., 1.]
+    def augment(self, x): return super().augment(x)*float(np.asarray(self.limits)[1])
 
 def fit_three(learn): learn.fit(3)
 def fit_tuned(learn): learn.fit_tuned(3)
@@ -40,9 +46,10 @@ def everything(learn):
     "Scheduled rate and momentum, weight decay, Nesterov, elastic bending and dropout"
     mom = ParamScheduler({'mom': SchedLin(0.7, 0.9)})
     learn.fit_tuned(2, wd=1e-2, nesterov=True, elastic=0.5, drop=0.1, cbs=mom)
-def other_limits(learn):
-    "A list in a transform changes between two epochs"
+def other_limits(learn, kind=None):
+    "A list in a transform changes between two epochs, or a list of its class, an array, a tensor, an object"
     tfm = learn.dls.train.after_batch.fs[1] = Dims()
+    if kind: tfm.limits = kind([0., 1.])
     def change(cb): tfm.limits[1] = 1. - 0.2*cb.epoch
     learn.fit(3, cbs=Callback(before_epoch=change))
 def resumed(learn, folder):
@@ -52,7 +59,9 @@ def resumed(learn, folder):
     learn.fit(3, cbs=Checkpoint(folder/'c', resume=True))
 
 
-@pytest.mark.parametrize('fit', [fit_three, fit_tuned, one_cycle, two_fits, everything, other_limits, resumed])
+@pytest.mark.parametrize('fit', [
+    fit_three, fit_tuned, one_cycle, two_fits, everything, resumed, other_limits,
+    *[partial(other_limits, kind=kind) for kind in (list, np.array, torch.tensor, Box)]])
 def test_graph_equals_the_eager_steps_to_the_bit(at_hand, monkeypatch, tmp_path, fit):
     "Weights, losses and history, with a short last batch"
     if fit is resumed: eager_fit,fit = fit_three,partial(resumed, folder=tmp_path)
@@ -87,6 +96,22 @@ class Replaces(nn.Sequential):
         self.mean = 0.5*self.mean + 0.5*x.mean().detach()
         return super().forward(x - self.mean)
 
+class Alternates(nn.Sequential):
+    "Is as it was after every second step"
+    on = False
+    def forward(self, x):
+        self.on = not self.on
+        return super().forward(x*(1.1 if self.on else 1.))
+
+class CountsWithin(nn.Sequential):
+    "Counts in an object that pickle does not take"
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.state = SimpleNamespace(n=0, rate=lambda n: 1 + 0.01*n)
+    def forward(self, x):
+        self.state.n += 1
+        return super().forward(x*self.state.rate(self.state.n))
+
 class CountingRotate(CropRotate):
     n = 0
     def augment(self, x):
@@ -98,7 +123,7 @@ class OwnDice(CropRotate):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.dice = SimpleNamespace(rng=np.random.default_rng(0))
-    def augment(self, x): return super().augment(x) if self.dice.rng.random() < 2 else x
+    def augment(self, x): return super().augment(x) if self.dice.rng.random() < 0.5 else 1 - x
 
 class RunningLoss(nn.CrossEntropyLoss):
     "Replaces a buffer of its own"
@@ -117,13 +142,15 @@ class Running(CrossEntropyLossFlat):
 @pytest.mark.parametrize('what,kwargs', [
     ('waits', dict(model=lambda: Waits(Block3(drop=0.)))), ('list', dict(model=lambda: Counts(Block3(drop=0.)))),
     ('tensor', dict(model=lambda: Replaces(Block3(drop=0.)))),
-    ('transform', dict(model=partial(Block3, drop=0.), aug_tfms=[CountingRotate(p=0, draw=5.)])),
-    ('generator', dict(model=partial(Block3, drop=0.), aug_tfms=[OwnDice(p=0, draw=5.)])),
+    ('alternates', dict(model=lambda: Alternates(Block3(drop=0.)))),
+    ('within', dict(model=lambda: CountsWithin(Block3(drop=0.)))),
+    ('transform', dict(model=partial(Block3, drop=0.), aug_tfms=lambda: [CountingRotate(p=0, draw=5.)])),
+    ('generator', dict(model=partial(Block3, drop=0.), aug_tfms=lambda: [OwnDice(p=0, draw=5.)])),
     ('loss', dict(model=partial(Block3, drop=0.), loss=Running))], ids=lambda value: value if isinstance(value, str) else '')
 def test_graph_is_refused_and_fastais_loop_takes_over(at_hand, monkeypatch, what, kwargs):
     "With the weights that it would have had alone"
-    def trained(fast, aug_tfms=[], loss=CrossEntropyLossFlat, **kwargs):
-        learn = new_learner(data=dict(aug_tfms=aug_tfms), loss_func=loss(), fast=fast, **kwargs)
+    def trained(fast, aug_tfms=list, loss=CrossEntropyLossFlat, **kwargs):
+        learn = new_learner(data=dict(aug_tfms=aug_tfms()), loss_func=loss(), fast=fast, **kwargs)
         with learn.no_logging(): learn.fit(2)
         return learn
     plain = trained(False, **kwargs)
@@ -143,6 +170,25 @@ def test_graph_is_refused_where_a_model_throws_a_coin():
     assert not state.unchanged()
     state.restore()
     assert state.unchanged()
+
+
+def test_graph_is_refused_where_a_count_lies_elsewhere(at_hand, monkeypatch):
+    "In a variable of the module, which no attribute leads to"
+    count = itertools.count()
+    class Counts(nn.Sequential):
+        def forward(self, x): return super().forward(x*(1 + 0.01*next(count)))
+    install(monkeypatch)
+    learn = new_learner(lambda: Counts(Block3()))
+    with learn.no_logging(): learn.fit(1)
+    assert learn.fast_epoch.engine == 'plain' and 'changes something in Python' in learn.fast_epoch.why
+
+
+def test_graph_is_refused_where_a_number_on_the_cpu_changes():
+    "On a GPU an operation takes a single number of a CPU tensor, and a captured graph keeps it"
+    def calls(number):
+        with Started(torch.device('cuda:0')) as started: torch.ones(2)*torch.tensor(number)
+        return started.calls
+    assert calls(1.) == calls(1.) != calls(2.)
 
 
 class Devices(TorchDispatchMode):
