@@ -99,9 +99,19 @@ def named_device(learn): learn.fit(1); learn.dls.to(learn.dls.device.type); lear
 def evaluated(learn): learn.fit(1); learn.predict(learn.dls.train_ds[0][0]); learn.fit(1); learn.validate()
 def shown(learn): learn.fast_epoch.bar_seconds = 0.; learn.add_cb(ProgressCallback()); learn.fit_one_cycle(2)
 
+class Spread(nn.CrossEntropyLoss):
+    "Keeps a running figure, in training and in evaluation"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('std', torch.ones(()))
+    def forward(self, pred, targ):
+        self.std.mul_(0.9).add_(0.1*pred.detach().std())
+        return super().forward(pred*self.std, targ)
+def running_loss(learn): learn.loss_func.func = Spread(); learn.fit(2)
+
 @pytest.mark.parametrize('fit', [
     tuned, schedulers, two_rates, frozen, loaded, exported, new_optimizer, late_start, stopped_early,
-    found_rate, channels_last, named_device, evaluated, shown])
+    found_rate, channels_last, named_device, evaluated, shown, running_loss])
 def test_fits(device, tmp_path, fit):
     def two_groups(model):
         params = list(model.parameters())
