@@ -2,13 +2,14 @@
 import json
 from argparse import ArgumentParser
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-import pandas as pd, torch
+from tempfile import TemporaryDirectory
+import torch
 from torch import nn
 from torch.profiler import profile, ProfilerActivity
-from mnist_block3.all import Block3, block3_learner, history, mnist_dls, ProgressCallback, set_seed
+from mnist_block3.all import Block3, block3_learner, Callback, Checkpoint, history, mnist_dls, ProgressCallback, set_seed
 from mnist_block3.run import run_environment
 from mnist_block3.steps import Steps
 
@@ -67,6 +68,22 @@ def graph_against_float64(device, n_train):
     return dict(difference=difference(fit(), fit(fast=False)))
 
 
+def resumed(device, n_train):
+    "0 where a fit that was interrupted after an epoch and resumed ends with the weights of one that was not, to the bit"
+    def stop(cb):
+        if cb.epoch == 1: raise KeyboardInterrupt
+    def fit(learn, *cbs): learn.fit_tuned(3, cbs=cbs)
+    def interrupted(learn):
+        with suppress(KeyboardInterrupt): fit(learn, Checkpoint(path), Callback(after_epoch=stop))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True), TemporaryDirectory() as folder:
+        path = Path(folder)/'checkpoint'
+        whole = trained(fit, device, n_train)
+        trained(interrupted, device, n_train)
+        assert path.exists()
+        again = trained(lambda learn: fit(learn, Checkpoint(path, resume=True)), device, n_train)
+    return dict(difference=difference(whole, again), engines=[whole.fast_epoch.engine, again.fast_epoch.engine])
+
+
 def kernels(device, n_train):
     "Kernels a step, and the 20 that took longest, in an epoch"
     activity = ProfilerActivity.CUDA if device == 'cuda' else ProfilerActivity.CPU
@@ -115,7 +132,7 @@ def compiled_layers(device, n_train):
 
 
 parts = dict(check=[engine, graph_against_eager, graph_against_float64],
-             study=[kernels, one_thing_changed, tuned_accuracies, compiled_layers])
+             study=[resumed, kernels, one_thing_changed, tuned_accuracies, compiled_layers])
 
 def main():
     p = ArgumentParser(description=__doc__)

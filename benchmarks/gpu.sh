@@ -11,9 +11,10 @@ mkdir -p "$out"
 step() { timeout "$1" "${@:2}" 2>&1 | tee -a "$out/$part.log"; }
 case $part in
 check)
-  step 90 $python benchmarks/gpu.py check "$out/check.json" --device $device --n_train $n_train || exit 1
+  step 90 $python benchmarks/gpu.py check "$out/check.json" --device $device --n_train $n_train
+  grep -q '"engine": "graph"' "$out/check.json" || exit 1
   step 100 $python benchmarks/bench.py --device $device --rounds 1 --only fast --whole --n_train $n_bench --out "$out/cuda.json"
-  step 150 $python -m pytest -q -n 4 --timeout 60 -m cuda tests/test_fast.py tests/test_resume.py
+  step 150 $python -m pytest -q -n 4 --timeout 60 -m cuda tests/test_fast.py
   step 120 $python benchmarks/bench.py --device $device --rounds 1 --only fast reference --whole --n_train $n_bench --out "$out/cuda.json" ;;
 study)
   step 90 $python benchmarks/deterministic.py --device $device --n_train $n_bench --out "$out/deterministic.json"

@@ -571,6 +571,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mnist_block3.steps.Steps._launch': ('steps.html#steps._launch', 'mnist_block3/steps.py'),
                                     'mnist_block3.steps.Steps._move_weights': ('steps.html#steps._move_weights', 'mnist_block3/steps.py'),
                                     'mnist_block3.steps.Steps._try': ('steps.html#steps._try', 'mnist_block3/steps.py'),
+                                    'mnist_block3.steps.Steps._try_twice': ('steps.html#steps._try_twice', 'mnist_block3/steps.py'),
                                     'mnist_block3.steps.Steps.device': ('steps.html#steps.device', 'mnist_block3/steps.py'),
                                     'mnist_block3.steps.Steps.engine': ('steps.html#steps.engine', 'mnist_block3/steps.py'),
                                     'mnist_block3.steps.Steps.fill': ('steps.html#steps.fill', 'mnist_block3/steps.py'),

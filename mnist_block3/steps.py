@@ -6,7 +6,7 @@
 __all__ = ['images_ahead', 'sgd_step', 'SGDGroup', 'Steps', 'Started']
 
 # %% ../nbs/09_steps.ipynb #e20328d0
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 import torch
 from torch import nn
@@ -230,10 +230,10 @@ def prepare(self:Steps):
         else: self._try()
 
 @patch
-def _try(self:Steps, check=noop):
+def _try(self:Steps, watch=nullcontext, check=noop):
     for part in self.parts.values():
         self.at.zero_()
-        part()
+        with watch(): part()
         check()
 
 @patch
@@ -243,13 +243,22 @@ def _capture_all(self:Steps, python):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._try()
-            with Started(self.device) as before: self._try()
-            def check():
-                if not python.unchanged() or after.calls != before.calls[:len(after.calls)]:
-                    raise RuntimeError('the model changes something in Python, or draws random numbers on the CPU')
-            with _no_waiting(), Started(self.device) as after: self._try(check)
+            self._try_twice(python)
         torch.cuda.current_stream().wait_stream(side)
         with _left_whole(self.device): self._capture(side)
+
+@patch
+def _try_twice(self:Steps, python):
+    "Raise an error where Python does not do the same both times, or waits for the device"
+    before,after = Started(self.device),Started(self.device)
+    @contextmanager
+    def watch():
+        with _no_waiting(), after: yield
+    def check():
+        if python.unchanged() and after.calls == before.calls[:len(after.calls)]: return
+        raise RuntimeError('the model changes something in Python, or draws random numbers on the CPU')
+    self._try(lambda: before)
+    self._try(watch, check)
 
 @patch
 def _capture(self:Steps, side):

@@ -190,7 +190,10 @@ def test_dry_run_of_the_script_for_a_gpu(tmp_path, part, files):
     env = os.environ | dict(DEVICE='cpu', N_TRAIN='150', N_BENCH='256', PYTHON=python, OMP_NUM_THREADS='1')
     subprocess.run(['bash', folder/'gpu.sh', part, tmp_path], env=env, check=True, timeout=900)
     assert files <= {f.name for f in tmp_path.iterdir()}
-    if part == 'study': return
+    if part == 'study':
+        study = json.loads((tmp_path/'study.json').read_text())
+        assert study['resumed'] == dict(difference=0, engines=['graph', 'graph'])
+        return
     check = json.loads((tmp_path/'check.json').read_text())
     assert check['engine'] == dict(engine='graph', why=None)
     assert check['graph_against_eager']['difference'] == 0 and check['graph_against_float64']['difference'] < 1e-6

@@ -249,7 +249,8 @@ def counting_in_place():
 
 @pytest.mark.parametrize('device,model,want', [
     ('cpu', linear, 'fast'), on_cuda('cuda', linear, 'fast'), ('cpu', counting, 'fast'),
-    on_cuda('cuda', counting, 'plain'), ('cpu', counting_in_place, 'fast'), ('cpu', partial(hooked, 'module'), 'plain'),
+    on_cuda('cuda', counting, 'plain'), ('cpu', counting_in_place, 'fast'),
+    on_cuda('cuda', counting_in_place, 'plain'), ('cpu', partial(hooked, 'module'), 'plain'),
     ('cpu', partial(hooked, 'gradient'), 'plain'),
 ])
 def test_models(device, model, want): train_both(device, want=want, model=model)
