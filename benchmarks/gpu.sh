@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
 device=${DEVICE:-cuda} n_train=${N_TRAIN:-6400} n_bench=${N_BENCH:-60000} python=${PYTHON:-python3}
 mkdir -p "$out"
-step() { timeout "$1" "${@:2}" 2>&1 | tee -a "$out/$part.log"; }
+step() { timeout $(($1*${PATIENCE:-1})) "${@:2}" 2>&1 | tee -a "$out/$part.log"; }
 case $part in
 check)
   step 90 $python benchmarks/gpu.py check "$out/check.json" --device $device --n_train $n_train

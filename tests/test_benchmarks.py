@@ -187,7 +187,7 @@ def test_rows_of_the_profile():
 def test_dry_run_of_the_script_for_a_gpu(tmp_path, part, files):
     "On a CPU, with a recorder in place of CUDA graphs; the tests of CUDA are left out"
     python = f'{sys.executable} {folder.parent/"tests"/"recorder.py"}'
-    env = os.environ | dict(DEVICE='cpu', N_TRAIN='150', N_BENCH='256', PYTHON=python, OMP_NUM_THREADS='1')
+    env = os.environ | dict(DEVICE='cpu', N_TRAIN='150', N_BENCH='256', PYTHON=python, OMP_NUM_THREADS='1', PATIENCE='9')
     subprocess.run(['bash', folder/'gpu.sh', part, tmp_path], env=env, check=True, timeout=900)
     assert files <= {f.name for f in tmp_path.iterdir()}
     if part == 'study':
