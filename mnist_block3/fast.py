@@ -254,7 +254,8 @@ def _signature(learn, options):
     loss = learn.loss_func
     sgd = learn.opt.opt
     objects = [dl.dataset.items, loss, loss.func, *learn.model.modules(), *dl.after_batch.fs]
-    objects += {type(obj) for obj in objects} # a list may be an attribute of a class
+    own_classes = {type(obj) for obj in objects if not type(obj).__module__.startswith(('torch.', 'fastai.'))}
+    objects += own_classes # a list may be an attribute of a class
     tensors = [*learn.model.parameters(), *learn.model.buffers(), *getattr(loss.func, 'buffers', list)()]
     attrs = [_own_attributes(obj) for obj in objects]
     values = [v for own in attrs for v in own.values()]
@@ -295,9 +296,11 @@ def epoch_schedule(
     hypers = learn.opt.hypers
     table = {k: np.tile([float(h[k]) for h in hypers], (n_steps,1)) for k in ('lr','mom')}
     step = 1./(n_steps*learn.n_epoch)
-    pcts = np.cumsum([learn.epoch/learn.n_epoch] + [step]*(n_steps-1)).tolist() # as fastai adds them up
+    pcts = np.cumsum([learn.epoch/learn.n_epoch] + [step]*(n_steps-1)) # as fastai adds them up
     for cb in schedulers(learn):
-        for k,f in cb.scheds.items(): table[k][:] = np.reshape([f(pct) for pct in pcts], (n_steps, -1))
+        for k,f in cb.scheds.items():
+            values = f(pcts) if hasattr(f, 'takes_arrays') else [f(pct) for pct in pcts.tolist()]
+            table[k][:] = np.reshape(values, (n_steps, -1))
     return table
 
 # %% ../nbs/10_fast.ipynb #75baa0a3

@@ -326,7 +326,10 @@ def _up_and_down(lr, pct_start):
     end = top + np.float32(1 - pct_start)
     def rate(pct):
         pct = np.float32(pct)
-        return float(pct/top)*lr if pct < top else lr - float((pct - top)/(end - top))*lr
+        rising = np.float64(pct/top)*lr
+        falling = lr - np.float64((pct - top)/(end - top))*lr
+        return np.where(pct < top, rising, falling)[()] # of one number, a number
+    rate.takes_arrays = True
     return rate
 
 # %% ../nbs/11_learner.ipynb #127d1392

@@ -332,7 +332,7 @@ def test_between_two_epochs_no_operation_is_done_step_by_step(instant, fit):
 @pytest.mark.slow
 @both_recipes
 def test_between_two_epochs_the_host_is_soon_done(instant, monkeypatch, mnist, fit):
-    "In 4.4 to 4.9 ms of CPU time; before the schedule and the order of images were cheap, in 13 and 48 ms"
+    "In 4.6 to 4.9 ms of CPU time; before the schedule and the order of images were cheap, in 13 and 48 ms"
     monkeypatch.setattr('mnist_block3.data.load_digits', lambda source=None: mnist)
     ended = []
     cb = partial(Callback, after_epoch=lambda cb: ended.append(time.thread_time()))
