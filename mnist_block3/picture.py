@@ -133,8 +133,9 @@ def _is_dark(grey):
     "Whether the ink is darker than the paper; a coarse look is enough"
     step = max(grey.shape)//64 + 1
     grey = grey[::step,::step]
-    near,far = [scipy.ndimage.uniform_filter(grey, int(share*max(grey.shape)), mode='nearest') for share in (0.1, 0.6)]
-    difference = 4*grey - 3*near - far
+    near,far = [int(share*max(grey.shape)) for share in (0.1, 0.6)]
+    means = [scipy.ndimage.uniform_filter(grey, n, mode='nearest') for n in (near, far)]
+    difference = 4*grey - 3*means[0] - means[1]
     rows,columns = [np.hanning(n + 2)[1:-1] for n in grey.shape]
     return rows @ (difference*difference**2) @ columns < 0 # the product is faster than `difference**3`
 
@@ -190,6 +191,7 @@ def _size(box): return max(side.stop - side.start for side in box)
 
 def _touches(box, shape): return any(side.start == 0 or side.stop == n for side,n in zip(box, shape))
 
+# %% ../nbs/02_picture.ipynb #1122a233
 def _surrounds(part, outer, boxes):
     "Whether `part` is on all four sides of another part that has over 0.3 times its size"
     for box in boxes.values():
@@ -199,6 +201,7 @@ def _surrounds(part, outer, boxes):
         if all(line.any() for line in (part[:y,x], part[y:,x], part[y,:x], part[y,x:])): return True
     return False
 
+# %% ../nbs/02_picture.ipynb #b9af1abd
 def _frame_width(part):
     "Pixels to take from each side of `part`, 0 if it does not cover all four"
     n = max(part.shape)//12
@@ -237,7 +240,8 @@ def _parts(mask, blurred):
     labels,boxes = _without_frames(mask)
     boxes = {i: boxes[i] for i in sorted(boxes, key=lambda i: -_size(boxes[i]))[:30]}
     parts = {i: labels[box] == i for i,box in boxes.items()}
-    ink = {i: blurred[box][parts[i]].max() for i,box in boxes.items() if _is_stroke(parts[i], box, mask.shape)}
+    strokes = [i for i,box in boxes.items() if _is_stroke(parts[i], box, mask.shape)]
+    ink = {i: blurred[boxes[i]][parts[i]].max() for i in strokes}
     inside = {i: ink[i] for i in ink if not _touches(boxes[i], mask.shape)}
     most = blurred.max()
     if any(_size(boxes[i]) > 0.1*min(mask.shape) for i in inside):
@@ -335,7 +339,7 @@ def _centred(digit):
 def mnist_form(
     image, # A picture of one digit, of any size, colours and file format, as in `opened_picture`
 ) -> np.ndarray: # uint8, (28, 28)
-    "A picture in MNIST's format; raises `NoDigit`, `SeveralDigits`, `FileNotFoundError`, or `ValueError` if damaged"
+    "A picture in MNIST's format; raises `NoDigit`, `SeveralDigits`, `FileNotFoundError` or `ValueError`"
     with opened_picture(image) as im:
         if max(im.size) > 28: form = _centred(_scaled(*_digit_of(im)))
         else:
@@ -373,7 +377,7 @@ def resized_picture(
     resize:str='crop', # 'crop', 'pad' or 'squish'
     colour:bool=False, # In RGB instead of in grey
 ) -> np.ndarray: # uint8, (C, size, size)
-    "A picture of `size`×`size` pixels; raises `FileNotFoundError`, or `ValueError` for one that cannot be read"
+    "A picture of `size`×`size` pixels; raises `FileNotFoundError`, or `ValueError` if damaged"
     with opened_picture(image) as im:
         im = _squared(_eight_bits(im, colour), size, resize).resize((size,size), Image.BILINEAR)
     return np.array(im).reshape(size, size, -1).transpose(2, 0, 1)
