@@ -425,6 +425,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mnist_block3.picture._is_sheet': ('picture.html#_is_sheet', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._is_stroke': ('picture.html#_is_stroke', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._labelled': ('picture.html#_labelled', 'mnist_block3/picture.py'),
+                                      'mnist_block3.picture._lies_on': ('picture.html#_lies_on', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._mask': ('picture.html#_mask', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._median': ('picture.html#_median', 'mnist_block3/picture.py'),
                                       'mnist_block3.picture._on_paper': ('picture.html#_on_paper', 'mnist_block3/picture.py'),

@@ -328,7 +328,8 @@ def _up_and_down(lr, pct_start):
         pct = np.float32(pct)
         rising = np.float64(pct/top)*lr
         falling = lr - np.float64((pct - top)/(end - top))*lr
-        return np.where(pct < top, rising, falling)[()] # of one number, a number
+        rates = np.where(pct < top, rising, falling)
+        return rates if rates.ndim else float(rates)
     rate.takes_arrays = True
     return rate
 

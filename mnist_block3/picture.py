@@ -192,14 +192,11 @@ def _size(box): return max(side.stop - side.start for side in box)
 def _touches(box, shape): return any(side.start == 0 or side.stop == n for side,n in zip(box, shape))
 
 # %% ../nbs/02_picture.ipynb #1122a233
-def _surrounds(part, outer, boxes):
-    "Whether `part` is on all four sides of another part that has over 0.3 times its size"
-    for box in boxes.values():
-        is_inside = all(o.start < s.start and s.stop < o.stop for o,s in zip(outer, box))
-        if not is_inside or _size(box) <= 0.3*_size(outer): continue
-        y,x = [(s.start + s.stop)//2 - o.start for o,s in zip(outer, box)]
-        if all(line.any() for line in (part[:y,x], part[y:,x], part[y,:x], part[y,x:])): return True
-    return False
+def _surrounds(part, outer, box):
+    "Whether `part`, whose box is `outer`, lies on all four sides of what is in `box`"
+    if any(s.start <= o.start or o.stop <= s.stop for o,s in zip(outer, box)): return False
+    y,x = [(s.start + s.stop)//2 - o.start for o,s in zip(outer, box)]
+    return all(line.any() for line in (part[:y,x], part[y:,x], part[y,:x], part[y,x:]))
 
 # %% ../nbs/02_picture.ipynb #b9af1abd
 def _frame_width(part):
@@ -220,7 +217,8 @@ def _without_frames(mask):
         height,width = [side.stop - side.start for side in box]
         if min(height, width) < len(mask)/5: continue
         part = labels[box] == i
-        if _surrounds(part, box, boxes): rest[box] &= ~part
+        large = [other for other in boxes.values() if _size(other) > 0.3*_size(box)]
+        if any(_surrounds(part, box, other) for other in large): rest[box] &= ~part
         elif min(height, width) >= 4*(max(height, width)//12) and not _touches(box, mask.shape):
             n = _frame_width(part)
             if n: rest[box] &= np.pad(part[n:-n,n:-n] | True, n)
@@ -279,19 +277,27 @@ def _digit(ink):
     return np.where(mask & ~is_kept, 0, ink), box
 
 # %% ../nbs/02_picture.ipynb #42372675
-def _is_sheet(ink):
-    "Whether `ink` fills its box, and is no upright 1"
-    return max(ink.shape) < 2*min(ink.shape) and (ink > ink.max()/5).mean() > 0.65
+def _is_sheet(part):
+    "Whether `part` fills its box, and is no upright 1"
+    return max(part.shape) < 2*min(part.shape) and part.mean() > 0.65
+
+def _lies_on(box, part, outer):
+    "Whether `part`, whose box is `outer`, covers most of each line of pixels around `box`"
+    if any(s.start <= o.start or o.stop <= s.stop for o,s in zip(outer, box)): return False
+    rows,columns = [slice(s.start - o.start - 1, s.stop - o.start + 1) for o,s in zip(outer, box)]
+    around = part[rows,columns]
+    return min(line.mean() for line in (around[0], around[-1], around[:,0], around[:,-1])) > 0.7
 
 def _found(values):
     "`_digit` of the ink of `values`, or of a light sheet in them"
     grey = _one_channel(values)
     if _is_dark(grey): return _digit(_strokes(grey))
     ink,box = _digit(_strokes(-grey))
-    if _is_sheet(ink[box]):
+    part = ink[box] > ink[box].max()/5
+    if _is_sheet(part):
         with suppress(NoDigit, SeveralDigits):
             ink_on_sheet,inner = _digit(_strokes(grey))
-            if _gap(inner, box) < 0 and not _touches(inner, ink.shape): return ink_on_sheet, inner
+            if _lies_on(inner, part, box): return ink_on_sheet, inner
     return ink, box
 
 # %% ../nbs/02_picture.ipynb #226e8479

@@ -273,7 +273,7 @@ def test_console_stopped_and_started_again(tmp_path, sig, code):
     p.send_signal(sig)
     _,err = p.communicate(timeout=60)
     assert p.returncode == code
-    if sig == signal.SIGINT: assert err == 'block3_sweep: stopped; run the same command again to go on\n'
+    if sig == signal.SIGINT: assert err == 'block3_sweep: stopped; run the same command again to resume\n'
     began = time.monotonic()
     while runs_of(tmp_path): assert time.monotonic() - began < 60 # a run may have to end its imports first
     q = console(*args, cwd=tmp_path)
