@@ -81,7 +81,8 @@ def _fit_key(learn):
     schedules = [{name: sample(f) for name,f in cb.scheds.items()} for cb in schedulers(learn)]
     pictures = spec_of(get_model(learn.model)).to_json()
     return dict(epochs=learn.n_epoch, images=len(dl.dataset), pictures=pictures, batch_size=dl.bs,
-                optimizer=type(opt).__name__, rates=hypers, schedules=schedules, shapes=shapes)
+                optimizer=type(opt).__name__, rates=hypers, schedules=schedules, shapes=shapes,
+                records=[name for _,name in _records(learn)])
 
 # %% ../nbs/13_checkpoint.ipynb #82f9e835
 def _checkpoint_bytes(state):
